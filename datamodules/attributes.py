@@ -1,0 +1,85 @@
+"""The six attributes of a dermoscopic image and the 32 prompts made of them.
+
+Everything that depends on *which* attributes exist, in which order, and how a prompt words them
+stands here. A *condition* is the multi-hot vector over the attributes; a prompt and a condition say
+the same thing, and an artifact that a prompt does not name must be absent from its image.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+ARTIFACTS = ("hair", "gel_bubble", "ruler", "ink")
+DISEASES = ("MEL", "NV")
+ATTRIBUTES = ARTIFACTS + DISEASES
+
+TEMPLATE = "a dermoscopic image with {disease} showing {artifacts}"
+NO_ARTIFACTS = "a dermoscopic image with {disease} with no visible artifacts"
+WORDS = {
+    "hair": "hair",
+    "gel_bubble": "gel bubble",
+    "ruler": "ruler",
+    "ink": "ink",
+    "MEL": "melanoma (MEL)",
+    "NV": "melanocytic nevus (NV)",
+}
+
+
+def condition_of(disease: str, artifacts: tuple[str, ...] = ()) -> Tensor:
+    """Return the multi-hot condition, `(6,)` float32, of a disease with some artifacts.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    names = (disease, *artifacts)
+    unknown = [n for n in artifacts if n not in ARTIFACTS]
+    if disease not in DISEASES or unknown:
+        raise ValueError(
+            f"no such attribute in {names}: a condition is one of {DISEASES} "
+            f"and any of {ARTIFACTS}"
+        )
+    return torch.tensor([float(a in names) for a in ATTRIBUTES])
+
+
+def prompt_of(condition: Tensor) -> str:
+    """Word a condition, `(6,)` with exactly one disease, as the prompt that asks for it.
+
+    Raises:
+        ValueError: if the condition holds both diseases or none.
+    """
+    present = [a for a, on in zip(ATTRIBUTES, condition.bool().tolist(), strict=True) if on]
+    diseases = [a for a in present if a in DISEASES]
+    if len(diseases) != 1:
+        raise ValueError(f"a prompt names one disease of {DISEASES}, this condition {diseases}")
+    artifacts = ", ".join(WORDS[a] for a in present if a in ARTIFACTS)
+    template = TEMPLATE if artifacts else NO_ARTIFACTS
+    return template.format(disease=WORDS[diseases[0]], artifacts=artifacts)
+
+
+def _all_conditions() -> Tensor:
+    subsets = [s for size in range(len(ARTIFACTS) + 1) for s in combinations(ARTIFACTS, size)]
+    return torch.stack([condition_of(d, s) for d in DISEASES for s in subsets])
+
+
+CONDITIONS = _all_conditions()
+"""The 32 conditions, `(32, 6)` float32: MEL, then NV; within a disease the fewest artifacts first."""
+
+PROMPTS = tuple(prompt_of(c) for c in CONDITIONS)
+"""The 32 prompts, in the order of `CONDITIONS`."""
+
+
+def prompt_id(prompt: str) -> int:
+    """Return the row of `CONDITIONS` that a prompt asks for.
+
+    Raises:
+        ValueError: if the text is not one of the 32 prompts.
+    """
+    try:
+        return PROMPTS.index(prompt)
+    except ValueError:
+        raise ValueError(
+            f"not one of the {len(PROMPTS)} prompts: {prompt!r}\n"
+            f"  they read like: {PROMPTS[-1]!r}\n"
+            f"  or:             {PROMPTS[0]!r}"
+        ) from None
