@@ -1,0 +1,222 @@
+"""The attribute classifier: reward network with six heads, judge with the four artifacts."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datamodules.attributes import ATTRIBUTES
+from datamodules.errors import UserError
+from lightning_modules.backbone import build_backbone, check_backbone
+from lightning_modules.pos_weight import balanced_weights, given_weights, train_conditions
+from lightning_modules.schedules import warmup_cosine
+from metrics.attribute_scores import AttributeScores
+
+Batch = dict[str, Any]
+
+
+class AttributeClassifier(L.LightningModule):
+    """Tells which attributes a dermoscopic image has, each by a logit of its own.
+
+    Args:
+        backbone: Name of a timm architecture, such as efficientnet_b0 (the paper's).
+        pretrained: Start from timm's ImageNet weights; fetched from the hub if not in its cache.
+        attributes: What the heads read, in the order hair, gel_bubble, ruler, ink, MEL, NV. The
+            reward network has all six, the judge the first four.
+        image_size: Side in pixels to which images are resized before the network.
+        dropout: Share of the pooled features dropped in training.
+        pos_weight: Weight of the images that have an attribute, in the loss. none: 1. balanced:
+            negatives / positives of the train split, so that both sides weigh the same; logits of
+            rare attributes then lean towards "present". Or one number for each attribute by name.
+        optimizer: Builds the optimizer; its learning rate is the peak of the schedule.
+        warmup: Share of all steps in which the learning rate rises linearly from a 25th; then it
+            falls along a cosine to 1e-6. The paper has no warm-up.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b0",
+        pretrained: bool = True,
+        attributes: tuple[str, ...] = ATTRIBUTES,
+        image_size: int = 224,
+        dropout: float = 0.3,
+        pos_weight: Literal["none", "balanced"] | dict[str, float] = "none",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-4),
+        warmup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.attributes = tuple(attributes)
+        self.columns = _columns(self.attributes)
+        check_backbone(backbone)
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup is a share of the run in [0, 1), not {warmup}")
+        self.backbone = backbone
+        self.pretrained = pretrained
+        self.image_size = image_size
+        self.dropout = dropout
+        self.pos_weight = pos_weight
+        self.optimizer = optimizer
+        self.warmup = warmup
+        self.network: nn.Module | None = None
+        self.register_buffer("positive_weight", given_weights(pos_weight, self.attributes))
+        self.val_scores = AttributeScores(self.attributes)
+        self.test_scores = AttributeScores(self.attributes)
+
+    def configure_model(self) -> None:
+        """Build the network; pretrained weights are of use to `fit` alone."""
+        if self.network is not None:
+            return
+        fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        self.network = build_backbone(
+            self.backbone, self.pretrained and fitting, len(self.attributes), self.dropout
+        )
+        config = resolve_model_data_config(self.network)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer with its schedule, stepped once per optimizer step."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError(
+                "the learning rate falls to its minimum at the end of the run, so the run needs "
+                "an end: set trainer.max_epochs (20 in the paper) or trainer.max_steps"
+            )
+        optimizer = self.optimizer(self.network.parameters())
+        schedule = warmup_cosine(optimizer, int(steps), self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, `(B, H)`, of images `(B, 3, any, any)` in [0, 1]."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return self.network((images - self.mean) / self.std)
+
+    def on_train_start(self) -> None:
+        """Count the train split for `pos_weight: balanced`."""
+        if self.pos_weight == "balanced":
+            counts = train_conditions(self.trainer.train_dataloader)[:, self.columns]
+            self.positive_weight.copy_(balanced_weights(counts, self.attributes))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        loss = self._loss(self(batch["image"]), self.targets(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one batch of the validation split."""
+        self._evaluate(batch, "val", self.val_scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the validation split."""
+        self._log_scores("val", self.val_scores)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one batch of the test split."""
+        self._evaluate(batch, "test", self.test_scores)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the test split."""
+        self._log_scores("test", self.test_scores)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Return what the heads should say, `(B, H)` of 0 and 1: columns of the conditions."""
+        return batch["condition"][:, self.columns]
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight)
+
+    def _evaluate(self, batch: Batch, split: str, scores: AttributeScores) -> None:
+        logits, targets = self(batch["image"]), self.targets(batch)
+        scores.update(logits, targets.long())
+        loss = self._loss(logits, targets)
+        self.log(
+            f"{split}/loss",
+            loss,
+            on_epoch=True,
+            on_step=False,
+            batch_size=len(logits),
+            sync_dist=True,
+            prog_bar=True,
+        )
+
+    def _log_scores(self, split: str, scores: AttributeScores) -> None:
+        computed = scores.compute()
+        scores.reset()
+        self.log_dict({f"{split}/{name}": score for name, score in computed.items()})
+
+
+def load_classifier(
+    path: str | Path, attributes: tuple[str, ...] | None = None
+) -> AttributeClassifier:
+    """Load a trained classifier for use: eval mode, frozen, float32, nothing fetched.
+
+    Args:
+        path: Checkpoint that `fit` wrote.
+        attributes: Heads that the caller needs, in their order; None accepts any.
+
+    Raises:
+        UserError: if the file is missing, damaged, no classifier's, or has other heads.
+    """
+    path = Path(path)
+    checkpoint = _read_checkpoint(path)
+    found = tuple(checkpoint["hyper_parameters"].get("attributes", ATTRIBUTES))
+    if attributes is not None and found != tuple(attributes):
+        raise UserError(
+            f"the classifier {path} has other heads than needed.\n"
+            f"  needed ({len(attributes)}): {', '.join(attributes)}\n"
+            f"  found  ({len(found)}): {', '.join(found)}\n"
+            "  The reward network reads all six attributes (classifier.yaml), the judge the four "
+            "artifacts (judge.yaml)"
+        )
+    try:
+        classifier = AttributeClassifier.load_from_checkpoint(
+            path, map_location="cpu", weights_only=True, pretrained=False
+        )
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"the weights in {path} do not fit its settings: {error}") from error
+    return classifier.float().eval().requires_grad_(False)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"there is no classifier at {path}. Train it first:\n"
+            "  reward network: python run.py fit --config classifier.yaml\n"
+            "  judge:          python run.py fit --config judge.yaml\n"
+            "  (demo/classifier.yaml and demo/judge.yaml for the demo)"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is damaged, cut "
+            "short, or holds more than tensors and plain values. Train the classifier again, or "
+            "copy the file again"
+        ) from error
+    known = isinstance(checkpoint, dict) and checkpoint.get("hyper_parameters", {})
+    if not known or "backbone" not in known or "positive_weight" not in checkpoint["state_dict"]:
+        raise UserError(f"{path} is a readable checkpoint, but not of an AttributeClassifier")
+    return checkpoint
+
+
+def _columns(attributes: tuple[str, ...]) -> list[int]:
+    ordered = tuple(a for a in ATTRIBUTES if a in attributes)
+    if not attributes or ordered != attributes:
+        raise UserError(
+            f"attributes of the classifier: {', '.join(attributes) or 'none'}.\n"
+            f"  Allowed: some of {', '.join(ATTRIBUTES)}, each once and in this order"
+        )
+    return [ATTRIBUTES.index(a) for a in attributes]
