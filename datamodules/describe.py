@@ -1,0 +1,140 @@
+"""Count what the splits hold, as the paper's tables do, and put it into words."""
+
+from itertools import compress
+
+import pandas as pd
+
+from datamodules.annotations import Annotations
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES
+from datamodules.splits import Splits
+
+TABLE_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")
+PAPER_TABLE_1 = {
+    "train": (2750, 9254, 4514, 1300, 201, 1608),
+    "val": (454, 1665, 802, 228, 34, 308),
+    "test": (537, 1956, 989, 257, 37, 341),
+}
+PAPER_REAL_SAMPLES = {"MEL": (543, 260, 4, 440), "NV": (3051, 489, 21, 520)}
+"""Row '# Real Sample' of Table 2, for hair, gel bubbles, ink and ruler."""
+
+
+def table_1(splits: Splits) -> pd.DataFrame:
+    """Count the images and the attributes of each split."""
+    rows = {
+        name: [len(rows), *(int(rows[a].sum()) for a in TABLE_ORDER)]
+        for name, rows in splits._asdict().items()
+    }
+    return pd.DataFrame.from_dict(rows, "index", columns=["images", *TABLE_ORDER])
+
+
+def subgroups(splits: Splits) -> pd.DataFrame:
+    """Count the images of each of the 32 subgroups, in the order of `CONDITIONS`, in each split."""
+    keys = [tuple(int(on) for on in condition) for condition in CONDITIONS.tolist()]
+    names = [" + ".join(compress(DISEASES + ARTIFACTS, key[-2:] + key[:-2])) for key in keys]
+    counts = {
+        name: rows.groupby(list(ATTRIBUTES)).size().reindex(keys, fill_value=0).to_numpy()
+        for name, rows in splits._asdict().items()
+    }
+    return pd.DataFrame(counts, index=names)
+
+
+def real_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """Count the images of each disease with exactly one artifact, as in Table 2's first row."""
+    alone = rows[rows[list(ARTIFACTS)].sum(axis=1) == 1]
+    artifacts = [a for a in TABLE_ORDER if a in ARTIFACTS]
+    return pd.DataFrame([alone.loc[alone[d] == 1, artifacts].sum() for d in DISEASES], DISEASES)
+
+
+def leaks(splits: Splits) -> pd.DataFrame:
+    """List the lesions that have images in more than one split.
+
+    Returns:
+        Indexed by `lesion_id`: the number of the lesion's images in `train`, `val` and `test`.
+    """
+    counts = pd.DataFrame(
+        {name: rows["lesion_id"].value_counts() for name, rows in splits._asdict().items()}
+    )
+    counts = counts.drop(index="", errors="ignore").fillna(0).astype(int).sort_index()
+    return counts[(counts > 0).sum(axis=1) > 1]
+
+
+def describe(annotations: Annotations, splits: Splits, rule: str, split: str) -> str:
+    """Word all counts.
+
+    Args:
+        annotations: The joined table.
+        splits: Its splits.
+        rule: When an artifact is present, such as `> 0.9`.
+        split: How the splits were made.
+    """
+    every = pd.concat(splits)
+    without = annotations.without_artifacts
+    lines = [
+        f"{len(every):,} melanomas and nevi, split: {split}",
+        f"artifacts from {annotations.artifacts_csv}, present if {rule}",
+        f"left out, for want of a row there: {without['MEL']:,} MEL, {without['NV']:,} NV",
+        "",
+        "Table 1. Images of each split (the paper's counts below ours)",
+        _text(_beside_paper(table_1(splits))),
+        "",
+        "The 32 subgroups (0 *: no image in that split)",
+        _text(_with_total(subgroups(splits)), mark_zero=True),
+        "",
+        "Table 2, '# Real Sample'. Training images with exactly one artifact",
+        _text(_real_samples_beside_paper(splits.train)),
+        "",
+        "Lesions in more than one split",
+        *_leak_lines(splits),
+        "",
+        "Images by source (the part of lesion_id before the number; -: no lesion_id)",
+        _text(_by_source(every)),
+    ]
+    return "\n".join(lines)
+
+
+def _beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
+    paper = {
+        f"  {name}, paper": [sum(counts[:2]), *counts] for name, counts in PAPER_TABLE_1.items()
+    }
+    both = pd.concat([ours, pd.DataFrame.from_dict(paper, "index", columns=ours.columns)])
+    return both.loc[[row for name in ours.index for row in (name, f"  {name}, paper")]]
+
+
+def _with_total(counts: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([counts, counts.sum().to_frame("all").T])
+
+
+def _real_samples_beside_paper(train: pd.DataFrame) -> pd.DataFrame:
+    ours = real_samples(train)
+    paper = pd.DataFrame.from_dict(PAPER_REAL_SAMPLES, "index", columns=ours.columns)
+    both = pd.concat([ours, paper.rename(index="  {}, paper".format)])
+    return both.loc[[row for d in DISEASES for row in (d, f"  {d}, paper")]]
+
+
+def _leak_lines(splits: Splits) -> list[str]:
+    leaking = leaks(splits)
+    with_train = int(leaking.loc[leaking["train"] > 0, "test"].sum())
+    blank = sum(int((rows["lesion_id"] == "").sum()) for rows in splits)
+    lines = [
+        f"  lesions: {len(leaking):,}",
+        f"  test images that share a lesion with train: {with_train:,} of {len(splits.test):,}",
+        f"  images without lesion_id, which nobody can check: {blank:,}",
+    ]
+    if len(leaking):
+        shown = "; ".join(
+            f"{lesion} (train {n.train}, val {n.val}, test {n.test})"
+            for lesion, n in leaking.head(3).iterrows()
+        )
+        lines += [f"  such as {shown}", "  data.split=lesion keeps each lesion in one split"]
+    return lines
+
+
+def _by_source(rows: pd.DataFrame) -> pd.DataFrame:
+    by_source = rows.assign(images=1, source=rows["source"].replace("", "-")).groupby("source")
+    return by_source[["images", *TABLE_ORDER]].sum().rename_axis(None)
+
+
+def _text(counts: pd.DataFrame, mark_zero: bool = False) -> str:
+    zero = "0 *" if mark_zero else "0"
+    text = counts.map(lambda n: f"{n:,}" + "  " * mark_zero if n else zero)
+    return text.to_string()

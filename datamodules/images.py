@@ -1,0 +1,143 @@
+"""Find the images of an ISIC folder, and read one as a square tensor."""
+
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from datamodules.errors import UserError
+from datamodules.tables import DOWNSAMPLED, IMAGE_SUFFIXES, name_few
+
+Resize = Literal["squash", "crop"]
+
+MAX_PIXELS = 50_000_000
+INPUT = "ISIC_2019_Training_Input"
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+def find_images(root: Path, frame: pd.DataFrame) -> list[Path]:
+    """Find the image file of each row, without opening any.
+
+    Looks in `<root>/ISIC_2019_Training_Input`, and in the folder of the same name that unzipping
+    makes in it, for JPEG and PNG files named by `stem` or `id`, with or without `_downsampled`.
+
+    Args:
+        root: The ISIC folder.
+        frame: The joined table, see `datamodules.annotations.Annotations`, or rows of it.
+
+    Raises:
+        UserError: if the folder is missing or empty, if an image is missing, or if a file is a
+            link that leads out of the folder.
+    """
+    folder = root / INPUT
+    index = _index(folder)
+    found = [
+        next((index[n] for n in (stem, i, i + DOWNSAMPLED) if n in index), None)
+        for stem, i in zip(frame["stem"], frame["id"], strict=True)
+    ]
+    missing = [i for i, entry in zip(frame["id"], found, strict=True) if entry is None]
+    if missing:
+        raise UserError(
+            f"{len(missing):,} of {len(found):,} images are missing in {folder}: "
+            f"{name_few(missing)}.\n"
+            "  Unzip ISIC_2019_Training_Input.zip there again, or give as split a folder of split "
+            "files\n  that name only the images you have."
+        )
+    inside = {os.path.realpath(place) for place in (root, folder, folder / INPUT)}
+    leaving = [e.path for e in found if e is not None and e.is_symlink() and _leaves(e, inside)]
+    if leaving:
+        raise UserError(
+            f"{len(leaving):,} image(s) are links that lead out of {root}: {name_few(leaving)}.\n"
+            f"  Link the whole folder {INPUT} instead, or copy the files."
+        )
+    return [Path(entry.path) for entry in found if entry is not None]
+
+
+def read_image(path: Path, size: int, resize: Resize = "squash") -> Tensor:
+    """Read a JPEG or PNG file as `(3, size, size)`, float32 in [0, 1].
+
+    Turned upright as its EXIF data say; transparency is laid on white; 16-bit grey is scaled down.
+
+    Args:
+        path: The image file.
+        size: Side of the square in pixels.
+        resize: `squash` keeps the whole image and changes its aspect ratio; `crop` cuts out the
+            central square first. Both are bilinear with antialiasing.
+
+    Raises:
+        UserError: if the file is no image, damaged, or of more than `MAX_PIXELS` pixels; a file
+            that is too large is refused before it is decoded.
+    """
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
+            _refuse_giant(path, image.width * image.height)
+            image.load()
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
+        declared = re.search(r"\((\d+) pixels\)", str(cause))
+        _refuse_giant(path, int(declared[1]) if declared else 2 * MAX_PIXELS)
+        raise
+    except _UNDECODABLE as cause:
+        raise UserError(
+            f"cannot decode the image {path}: {cause}.\n"
+            "  It must be a whole JPEG or PNG file. Download it again, or leave its id out of the "
+            "split files."
+        ) from cause
+    if resize == "crop":
+        side = min(upright.size)
+        left, top = (upright.width - side) // 2, (upright.height - side) // 2
+        upright = upright.crop((left, top, left + side, top + side))
+    square = upright.resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+
+def _index(folder: Path) -> dict[str, os.DirEntry[str]]:
+    """Map file names without ending to files; the outer folder and the first ending win."""
+    entries: list[os.DirEntry[str]] = []
+    for place in (folder, folder / INPUT):
+        if place.is_dir():
+            with os.scandir(place) as listing:
+                entries += sorted(listing, key=lambda entry: entry.name)
+    index: dict[str, os.DirEntry[str]] = {}
+    for entry in entries:
+        stem, suffix = os.path.splitext(entry.name)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            index.setdefault(stem, entry)
+    if not index:
+        state = "holds no .jpg or .png file" if folder.is_dir() else "is missing"
+        raise UserError(
+            f"the images' folder {folder} {state}.\n  Download ISIC_2019_Training_Input.zip from "
+            f"https://challenge.isic-archive.com/data/#2019 and unzip it in {folder.parent}."
+        )
+    return index
+
+
+def _leaves(entry: os.DirEntry[str], inside: set[str]) -> bool:
+    target = os.path.realpath(entry.path)
+    return not any(os.path.commonpath((target, folder)) == folder for folder in inside)
+
+
+def _refuse_giant(path: Path, pixels: int) -> None:
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"the image {path} has {pixels:,} pixels; the limit is {MAX_PIXELS:,}.\n"
+            "  A file made to exhaust the memory? It was not decoded. Scale it down if it is real."
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # convert() would clip 16-bit grey at 255 instead of scaling it
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")

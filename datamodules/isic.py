@@ -1,0 +1,207 @@
+"""The ISIC 2019 melanomas and nevi with their artifacts, as batches of images and prompts."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.annotations import Annotations, read_annotations
+from datamodules.attributes import ATTRIBUTES, prompt_of
+from datamodules.describe import describe
+from datamodules.errors import UserError
+from datamodules.images import Resize, find_images, read_image
+from datamodules.sampling import EpochSampler, inverse_frequency
+from datamodules.splits import Splits, make_splits
+
+Batch = dict[str, Tensor | list[str]]
+
+
+class ISICDataset(Dataset[dict[str, Tensor | str]]):
+    """Images of one split, as `image` `(3, S, S)`, `condition` `(6,)`, `prompt` and `id`.
+
+    Args:
+        frame: Rows of the joined table, see `datamodules.annotations.Annotations`.
+        root: The ISIC folder.
+        size: Side of the images in pixels.
+        resize: See `datamodules.images.read_image`.
+        flip_seed: Flip at random, as (flip_seed, key) decides; by default not at all.
+
+    Raises:
+        UserError: if an image is missing.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        root: Path,
+        size: int,
+        resize: Resize = "squash",
+        flip_seed: int | None = None,
+    ) -> None:
+        self.paths = find_images(root, frame)
+        self.ids = frame["id"].tolist()
+        self.conditions = torch.from_numpy(frame[list(ATTRIBUTES)].to_numpy(np.float32))
+        self.size = size
+        self.resize: Resize = resize
+        self.flip_seed = flip_seed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: int) -> dict[str, Tensor | str]:
+        """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""
+        row = key % len(self)
+        image = read_image(self.paths[row], self.size, self.resize)
+        if self.flip_seed is not None:
+            left_right, up_down = np.random.default_rng([self.flip_seed, key]).random(2) < 0.5
+            image = image.flip([d for d, flip in ((2, left_right), (1, up_down)) if flip])
+        condition = self.conditions[row]
+        return {
+            "image": image,
+            "condition": condition,
+            "prompt": prompt_of(condition),
+            "id": self.ids[row],
+        }
+
+
+class ISICDataModule(LightningDataModule):
+    """ISIC 2019: melanomas and nevi with hair, gel bubbles, rulers and ink.
+
+    Args:
+        root: Folder with ISIC_2019_Training_GroundTruth.csv, ISIC_2019_Training_Metadata.csv and
+            the images' folder ISIC_2019_Training_Input.
+        artifacts_csv: Table of hair, gel_bubble, ruler and ink for each image, as probabilities
+            or as 0 and 1. By default isic_inferred_wocarcinoma.csv, else isic_bias.csv, in root or
+            in root/annotations.
+        threshold: An artifact is present if its value is greater than this, in [0, 1). Paper: 0.9.
+        split: `paper` (the authors' split; half of its test images share a lesion with train),
+            `lesion` (the same fractions, no lesion in two splits), or a folder with one
+            *train*.csv, one *val*.csv and one *test*.csv, of which the column `image` is used.
+        split_seed: Seed of `paper` and `lesion`. Paper: 42.
+        size: Side of the square images in pixels. Paper: 512.
+        resize: `squash` the whole image to the square, or `crop` its central square first (which
+            loses rulers and ink at the edges).
+        batch_size: Images per batch and process.
+        num_workers: Processes that read images, for each process that trains.
+        augment: Flip training images at random, left-right and up-down.
+        sampler: `shuffle` draws each training image once per epoch; `balanced` draws with
+            replacement, an image as often as its rarest attribute is rare.
+        seed: Of the order and the flips of the training images, together with the epoch.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        artifacts_csv: str | None = None,
+        threshold: float = 0.9,
+        split: str = "paper",
+        split_seed: int = 42,
+        size: int = 512,
+        resize: Resize = "squash",
+        batch_size: int = 32,
+        num_workers: int = 4,
+        augment: bool = True,
+        sampler: Literal["shuffle", "balanced"] = "shuffle",
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        limits = {"size": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "split_seed": 0}
+        given = dict(zip(limits, (size, batch_size, num_workers, seed, split_seed), strict=True))
+        wrong = [f"{name}={given[name]}" for name in limits if given[name] < limits[name]]
+        if wrong or not 0 <= threshold < 1:
+            raise UserError(
+                f"out of range: {', '.join(wrong) or f'threshold={threshold}'}. Allowed: "
+                + ", ".join(f"{name} >= {least}" for name, least in limits.items())
+                + ", threshold in [0, 1)."
+            )
+        self.root = None if root is None else Path(root)
+        self.artifacts_csv = None if artifacts_csv is None else Path(artifacts_csv)
+        self.threshold = threshold
+        self.split = split
+        self.split_seed = split_seed
+        self.size = size
+        self.resize: Resize = resize
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.augment = augment
+        self.sampler = sampler
+        self.seed = seed
+
+    @property
+    def folder(self) -> Path:
+        """The ISIC folder, or an error if none was given."""
+        if self.root is None:
+            raise UserError(f"{type(self).__name__} needs root here: the folder of ISIC 2019.")
+        return self.root
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """The joined table."""
+        return read_annotations(self.folder, self.artifacts_csv, self.threshold)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The rows of the joined table in each split."""
+        return make_splits(self.annotations.frame, self.split, self.split_seed)
+
+    def dataset(self, name: Literal["train", "val", "test"], flip: bool = False) -> ISICDataset:
+        """Return the images of a split, in the split's order; flipped at random if asked for."""
+        rows = getattr(self.splits, name)
+        return ISICDataset(rows, self.folder, self.size, self.resize, self.seed if flip else None)
+
+    def describe(self) -> str:
+        """Say what the tables hold: the paper's counts, subgroups, leaks. No image is read."""
+        seeded = self.split in ("paper", "lesion")
+        split = f"{self.split} (seed {self.split_seed})" if seeded else self.split
+        return describe(self.annotations, self.splits, f"> {self.threshold}", split)
+
+    def setup(self, stage: str) -> None:
+        """Read the tables and find the images that the stage needs."""
+        if stage == "fit":
+            self.train_set = self.dataset("train", flip=self.augment)
+        if stage in ("fit", "validate"):
+            self.val_set = self.dataset("val")
+        if stage in ("test", "predict"):
+            self.test_set = self.dataset("test")
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Draw the training images as (seed, epoch) decides; each process gets its share."""
+        weights = None
+        if self.sampler == "balanced":
+            weights = inverse_frequency(self.train_set.conditions.numpy())
+        replicas, rank = 1, 0
+        if self.trainer is not None:
+            replicas, rank = self.trainer.world_size, self.trainer.global_rank
+        return self._loader(
+            self.train_set, EpochSampler(self.train_set, self.seed, weights, replicas, rank)
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Give the validation images in order."""
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Give the test images in order."""
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Give the test images in order."""
+        return self._loader(self.test_set)
+
+    def _loader(
+        self, dataset: ISICDataset, sampler: EpochSampler | None = None
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

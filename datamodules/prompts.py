@@ -1,0 +1,173 @@
+"""The prompts that DDPO samples from, as batches for all processes together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.attributes import ATTRIBUTES, CONDITIONS, PROMPTS, prompt_id, prompt_of
+from datamodules.errors import UserError
+from datamodules.isic import ISICDataModule
+from datamodules.tables import name_few
+
+PromptBatch = dict[str, list[str] | Tensor]
+
+
+def prompt_batch(rows: Tensor, first: int = 0) -> PromptBatch:
+    """Make the batch of some prompts, whose samples are numbered from `first` on.
+
+    Args:
+        rows: Which row of `CONDITIONS` each prompt is, `(M,)` int64.
+        first: Global index of the first sample.
+
+    Returns:
+        `prompt`, M texts; `condition`, `(M, 6)`; `index`, the global sample indices, `(M,)` int64.
+    """
+    return {
+        "prompt": [PROMPTS[row] for row in rows.tolist()],
+        "condition": CONDITIONS[rows],
+        "index": torch.arange(first, first + len(rows)),
+    }
+
+
+class PromptLoader:
+    """Yield prompts in chunks, the same to every process.
+
+    It is no `DataLoader` on purpose: Lightning would hand each process a part of one.
+
+    Args:
+        draw: Gives the rows of `CONDITIONS` to yield, `(M,)` int64, when an epoch begins.
+        n: M.
+        chunk_size: Most prompts in a batch.
+    """
+
+    def __init__(self, draw: Callable[[], Tensor], n: int, chunk_size: int) -> None:
+        self.draw = draw
+        self.n = n
+        self.chunk_size = chunk_size
+
+    def __len__(self) -> int:
+        return -(-self.n // self.chunk_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        rows = self.draw()
+        for first in range(0, self.n, self.chunk_size):
+            yield prompt_batch(rows[first : first + self.chunk_size], first)
+
+
+class ISICPromptDataModule(ISICDataModule):
+    """Prompts to sample images for: one batch, of all processes together, for each epoch of DDPO.
+
+    Args:
+        root: Folder of ISIC 2019, needed for `prompts: train` and for the real images only.
+        prompts: `balanced` over the 32 prompts; `train`, as frequent as in the training split and
+            drawn anew in each epoch; or a list of prompts, balanced over it.
+        samples_per_epoch: Images sampled in an epoch, by all processes together; a multiple of the
+            number of prompts, unless they are drawn from the training split. Paper: 256.
+        validation_samples_per_prompt: Images sampled for each prompt in a validation; 0 for none.
+        test_samples_per_prompt: The same for testing and predicting. Paper: 960.
+        eval_batch_size: Most prompts in a batch of validation, test or prediction, for all
+            processes together; bounds the memory.
+        **kwargs: How to read the real images, see `ISICDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        prompts: Literal["balanced", "train"] | list[str] = "balanced",
+        samples_per_epoch: int = 256,
+        validation_samples_per_prompt: int = 4,
+        test_samples_per_prompt: int = 960,
+        eval_batch_size: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root, **kwargs)
+        self.draws_from_train = prompts == "train"
+        if self.draws_from_train and root is None:
+            raise UserError("prompts=train takes the prompts of the training images: give root.")
+        self.rows = _rows_of(PROMPTS if prompts in ("balanced", "train") else prompts)
+        least = {
+            "samples_per_epoch": (samples_per_epoch, 1),
+            "validation_samples_per_prompt": (validation_samples_per_prompt, 0),
+            "test_samples_per_prompt": (test_samples_per_prompt, 1),
+            "eval_batch_size": (eval_batch_size, 1),
+        }
+        for name, (given, minimum) in least.items():
+            if given < minimum:
+                raise UserError(f"{name} must be at least {minimum}, it is {given}.")
+        if not self.draws_from_train:
+            _check_balance(samples_per_epoch, len(self.rows))
+        self.samples_per_epoch = samples_per_epoch
+        self.validation_samples_per_prompt = validation_samples_per_prompt
+        self.test_samples_per_prompt = test_samples_per_prompt
+        self.eval_batch_size = eval_batch_size
+
+    def setup(self, stage: str) -> None:
+        """Read the tables, if the prompts are drawn from them."""
+        if stage == "fit" and self.draws_from_train:
+            rows = self.splits.train[list(ATTRIBUTES)].to_numpy(np.float32)
+            self.train_rows = np.array(
+                [prompt_id(prompt_of(torch.from_numpy(row))) for row in rows]
+            )
+
+    def train_dataloader(self) -> PromptLoader:
+        """Yield the one batch of the current epoch."""
+        return PromptLoader(self._draw, self.samples_per_epoch, self.samples_per_epoch)
+
+    def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
+        """Yield each prompt `validation_samples_per_prompt` times; no loader at all for 0."""
+        n = self.validation_samples_per_prompt
+        return self._eval_loader(n) if n else []
+
+    def test_dataloader(self) -> PromptLoader:
+        """Yield each prompt `test_samples_per_prompt` times."""
+        return self._eval_loader(self.test_samples_per_prompt)
+
+    def predict_dataloader(self) -> PromptLoader:
+        """Yield each prompt `test_samples_per_prompt` times."""
+        return self._eval_loader(self.test_samples_per_prompt)
+
+    def _draw(self) -> Tensor:
+        if not self.draws_from_train:
+            return self._balanced(self.samples_per_epoch)
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        rng = np.random.default_rng([self.seed, epoch])
+        return torch.from_numpy(rng.choice(self.train_rows, self.samples_per_epoch))
+
+    def _balanced(self, n: int) -> Tensor:
+        """Return n rows, prompt after prompt in turn, so that a greater n leaves the first as is."""
+        return self.rows[torch.arange(n) % len(self.rows)]
+
+    def _eval_loader(self, samples_per_prompt: int) -> PromptLoader:
+        n = samples_per_prompt * len(self.rows)
+        return PromptLoader(lambda: self._balanced(n), n, self.eval_batch_size)
+
+
+def _rows_of(prompts: Sequence[str]) -> Tensor:
+    unknown = [prompt for prompt in prompts if prompt not in PROMPTS]
+    if unknown:
+        near = get_close_matches(unknown[0], PROMPTS, n=1, cutoff=0)
+        raise UserError(
+            f"{len(unknown):,} of the {len(prompts):,} prompts are none of the {len(PROMPTS)}: "
+            f"{name_few(map(repr, unknown))}.\n  The nearest to the first is {near[0]!r}."
+        )
+    twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    if twice or not prompts:
+        what = f"holds a prompt twice: {name_few(map(repr, twice))}" if twice else "is empty"
+        raise UserError(
+            f"the list of prompts {what}.\n  Give each prompt once; all get equal shares."
+        )
+    return torch.tensor([prompt_id(prompt) for prompt in prompts])
+
+
+def _check_balance(samples_per_epoch: int, n_prompts: int) -> None:
+    below = samples_per_epoch // n_prompts * n_prompts
+    if below != samples_per_epoch:
+        works = f"{below} and {below + n_prompts}" if below else f"{n_prompts}"
+        raise UserError(
+            f"samples_per_epoch={samples_per_epoch} is no multiple of the {n_prompts} prompts.\n"
+            f"  Nearest that works: {works}."
+        )

@@ -1,0 +1,65 @@
+"""The order in which training draws its images, decided by seed and epoch alone."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, DistributedSampler
+
+
+def inverse_frequency(conditions: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Weigh each image by the inverse frequency of its rarest attribute.
+
+    Args:
+        conditions: Multi-hot, `(N, 6)`; each row has at least one attribute.
+
+    Returns:
+        `(N,)`, sum 1.
+    """
+    counts = conditions.sum(0).clip(min=1)
+    weights = (conditions / counts).max(1).astype(np.float64)
+    return weights / weights.sum()
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Draw as many images as there are, anew in each epoch, and give each process its share.
+
+    One epoch's draws are a function of (seed, epoch): a resumed run sees the order that the
+    uninterrupted run would have seen, and N processes with batches of B see together, step by step,
+    what one process with batches of N x B sees. (Lightning's own wrapper shuffles once more, and
+    so loses the second property.)
+
+    A key that the sampler yields says which draw of the run it is, and of which image:
+    `draw * N + image` for N images. So worker processes need to know no epoch.
+
+    Args:
+        dataset: Of N images.
+        seed: Not negative.
+        weights: Probability of each image, `(N,)`, to draw with replacement; each image once by
+            default.
+        num_replicas: Number of processes.
+        rank: Index of this process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, object]],
+        seed: int,
+        weights: NDArray[np.float64] | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, seed=seed)
+        self.weights = weights
+
+    def __iter__(self) -> Iterator[int]:
+        n = len(self.dataset)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(n) if self.weights is None else rng.choice(n, n, p=self.weights)
+        first = self.epoch * self.total_size
+        return iter(
+            [
+                (first + place) * n + int(order[place % n])
+                for place in range(self.rank, self.total_size, self.num_replicas)
+            ]
+        )
