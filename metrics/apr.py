@@ -53,9 +53,9 @@ class ArtifactPrevalenceRate(Metric):
         self.counts.index_add_(0, rows, torch.ones_like(rows))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `rate`, the share over all images in [0, 1] (NaN without images), and what made it.
+        """Return the share over all images, `rate` in [0, 1] (NaN without images), and its terms.
 
-        That is `hits` and `counts`, int64 `(32,)` in the order of the 32 prompts.
+        These are `hits` and `counts`, int64 `(32,)` in the order of the 32 prompts.
         """
         rate = self.hits.sum().double() / self.counts.sum()
         return {"rate": rate.float(), "hits": self.hits, "counts": self.counts}
