@@ -1,69 +1,67 @@
 """The artifact prevalence rate (APR), Eq. (3): how often images show what their prompts ask for."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
+
+class Prevalence(NamedTuple):
+    """What was counted: images whose attributes are all as asked, and images, for each prompt.
+
+    Attributes:
+        rate: Share of all images, scalar in [0, 1]; NaN without images.
+        correct: `(P,)` int64.
+        n: `(P,)` int64.
+    """
+
+    rate: Tensor
+    correct: Tensor
+    n: Tensor
 
 
 class ArtifactPrevalenceRate(Metric):
     """Share of images whose attributes, by a classifier, equal their prompt's exactly: Eq. (3).
 
     An image counts when every attribute that the classifier reads is present (sigmoid above 0.5)
-    if and only if the prompt asks for it. The paper's formula sums over all attributes, its code
-    compares the four artifacts: with the four heads of a judge this is the paper's APR, with all
-    six of the reward network what is called APR6 here.
+    if and only if the prompt asks for it. The paper's formula sums over all attributes, the
+    paper's code compares the four artifacts: with the four heads of a judge this is the published
+    APR, with the six heads of the reward network what is called APR6 here.
 
     Args:
-        attributes: What the classifier's heads read, in their order.
+        prompts: Number of prompts, P.
         **options: Of `torchmetrics.Metric`.
     """
 
     higher_is_better = True
 
-    def __init__(self, attributes: Sequence[str] = ARTIFACTS, **options: Any) -> None:
+    def __init__(self, prompts: int, **options: Any) -> None:
         super().__init__(**options)
-        self.columns = [ATTRIBUTES.index(a) for a in attributes]
-        zeros = torch.zeros(len(CONDITIONS), dtype=torch.long)
-        self.add_state("hits", zeros, dist_reduce_fx="sum")
-        self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(prompts, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("n", torch.zeros(prompts, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, conditions: Tensor) -> None:
+    def update(self, logits: Tensor, conditions: Tensor, prompts: Tensor) -> None:
         """Count a batch of images.
 
         Args:
             logits: The classifier's, `(B, H)`.
-            conditions: What the images' prompts ask for, `(B, 6)` of 0 and 1.
+            conditions: What the prompts ask of the classifier's heads, `(B, H)` of 0 and 1.
+            prompts: Which of the P prompts each image was made for, `(B,)` int64.
 
         Raises:
-            ValueError: if the shapes do not fit, or a condition is none of the 32 prompts'.
+            ValueError: if logits and conditions have different shapes.
         """
-        if logits.shape != (len(conditions), len(self.columns)):
+        if logits.shape != conditions.shape:
             raise ValueError(
-                f"logits have the shape {tuple(logits.shape)}, expected one row for each of the "
-                f"{len(conditions)} conditions and {len(self.columns)} heads"
+                f"logits {tuple(logits.shape)} and conditions {tuple(conditions.shape)} must have "
+                "the same shape: one column for each head of the classifier"
             )
-        rows = _prompt_rows(conditions)
-        right = ((logits.sigmoid() > 0.5) == conditions[:, self.columns].bool()).all(dim=1)
-        self.hits.index_add_(0, rows, right.long())
-        self.counts.index_add_(0, rows, torch.ones_like(rows))
+        correct = ((logits.sigmoid() > 0.5) == conditions.bool()).all(dim=1)
+        self.correct.index_add_(0, prompts, correct.long())
+        self.n.index_add_(0, prompts, torch.ones_like(prompts))
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the share over all images, `rate` in [0, 1] (NaN without images), and its terms.
-
-        These are `hits` and `counts`, int64 `(32,)` in the order of the 32 prompts.
-        """
-        rate = self.hits.sum().double() / self.counts.sum()
-        return {"rate": rate.float(), "hits": self.hits, "counts": self.counts}
-
-
-def _prompt_rows(conditions: Tensor) -> Tensor:
-    same = (conditions.unsqueeze(1) == CONDITIONS.to(conditions)).all(dim=2)
-    if not same.any(dim=1).all():
-        stray = conditions[~same.any(dim=1)][0].tolist()
-        raise ValueError(f"no prompt asks for the condition {stray} (order: {ATTRIBUTES})")
-    return same.long().argmax(dim=1)
+    def compute(self) -> Prevalence:
+        """Return the counts of all processes and their share."""
+        rate = self.correct.sum().double() / self.n.sum()
+        return Prevalence(rate.float(), self.correct, self.n)

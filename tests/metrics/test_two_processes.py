@@ -10,16 +10,17 @@ from metrics.attribute_scores import AttributeScores
 def images():
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(32, (60,), generator=draw)
-    return torch.randn(60, 4, generator=draw) + CONDITIONS[rows][:, :4], CONDITIONS[rows]
+    conditions = CONDITIONS[rows][:, :4]
+    return torch.randn(60, 4, generator=draw) + conditions, conditions, rows
 
 
 def measure(shares):
-    logits, conditions = images()
-    rate, scores = ArtifactPrevalenceRate(), AttributeScores(ARTIFACTS)
+    logits, conditions, rows = images()
+    rate, scores = ArtifactPrevalenceRate(32), AttributeScores(ARTIFACTS)
     for share in shares:
-        rate.update(logits[share], conditions[share])
-        scores.update(logits[share], conditions[share][:, :4].long())
-    return rate.compute() | scores.compute()
+        rate.update(logits[share], conditions[share], rows[share])
+        scores.update(logits[share], conditions[share].long())
+    return rate.compute()._asdict() | scores.compute()
 
 
 def one_rank(rank, store, results):
