@@ -175,12 +175,13 @@ class ISICDataModule(LightningDataModule):
         weights = None
         if self.sampler == "balanced":
             weights = inverse_frequency(self.train_set.conditions.numpy())
-        replicas, rank = 1, 0
-        if self.trainer is not None:
-            replicas, rank = self.trainer.world_size, self.trainer.global_rank
-        return self._loader(
-            self.train_set, EpochSampler(self.train_set, self.seed, weights, replicas, rank)
-        )
+        if self.trainer is None:
+            return self._loader(self.train_set, EpochSampler(self.train_set, self.seed, weights))
+        world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = EpochSampler(self.train_set, self.seed, weights, world_size, rank)
+        # a resumed run starts its workers before Lightning tells the sampler the epoch
+        sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(self.train_set, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Give the validation images in order."""

@@ -138,7 +138,7 @@ class ISICPromptDataModule(ISICDataModule):
         return torch.from_numpy(rng.choice(self.train_rows, self.samples_per_epoch))
 
     def _balanced(self, n: int) -> Tensor:
-        """Return n rows, prompt after prompt in turn, so that a greater n leaves the first as is."""
+        """Return n rows, each prompt in turn, so that a greater n leaves the first ones as is."""
         return self.rows[torch.arange(n) % len(self.rows)]
 
     def _eval_loader(self, samples_per_prompt: int) -> PromptLoader:

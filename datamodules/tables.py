@@ -99,7 +99,7 @@ def to_numbers(
     if bad:
         allowed = "labels (0 or 1)" if labels_only else "labels (0 or 1) or probabilities (0 to 1)"
         raise UserError(
-            f"{path}: {len(bad):,} value(s) are no {allowed}: {name_few(bad)}.\n"
+            f"{path}: {len(bad):,} value(s) are not {allowed}: {name_few(bad)}.\n"
             "  Correct the values, or remove these lines."
         )
     return frame.assign(**{name: numbers[name].astype(float) for name in columns})
