@@ -36,8 +36,7 @@ def condition_of(disease: str, artifacts: tuple[str, ...] = ()) -> Tensor:
     unknown = [n for n in artifacts if n not in ARTIFACTS]
     if disease not in DISEASES or unknown:
         raise ValueError(
-            f"no such attribute in {names}: a condition is one of {DISEASES} "
-            f"and any of {ARTIFACTS}"
+            f"no such attribute in {names}: a condition is one of {DISEASES} and any of {ARTIFACTS}"
         )
     return torch.tensor([float(a in names) for a in ATTRIBUTES])
 
@@ -83,3 +82,9 @@ def prompt_id(prompt: str) -> int:
             f"  they read like: {PROMPTS[-1]!r}\n"
             f"  or:             {PROMPTS[0]!r}"
         ) from None
+
+
+def short_name(condition: Tensor) -> str:
+    """Name a condition, `(6,)`, in few characters, as in `MEL+hair+ruler`."""
+    present = [a for a, on in zip(ATTRIBUTES, condition.bool().tolist(), strict=True) if on]
+    return "+".join(sorted(present, key=lambda a: a in ARTIFACTS))

@@ -1,5 +1,8 @@
-"""The LightningModules, by the names that the command line takes."""
+"""The LightningModules and rewards, by the names that the command line takes."""
 
 from lightning_modules.classifier import AttributeClassifier
+from lightning_modules.ddpo import DDPO
+from lightning_modules.rewards import AttributeMatch, Brightness
+from lightning_modules.stable_diffusion import StableDiffusion
 
-__all__ = ["AttributeClassifier"]
+__all__ = ["DDPO", "AttributeClassifier", "AttributeMatch", "Brightness", "StableDiffusion"]

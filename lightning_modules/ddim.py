@@ -1,0 +1,151 @@
+"""The policy of DDPO: DDIM's stochastic transition, its samples and its density.
+
+Notation (Song et al. 2021, Eq. 12 and 16; RL4Med-DDPO, Eq. 1):
+
+| symbol | here | meaning |
+| --- | --- | --- |
+| x_t, x_{t-1} | `latents`, `previous` | a state and the action taken in it |
+| abar_t, abar_{t-1} | `alpha`, `alpha_previous` | cumulative products of 1 - beta |
+| sigma_t | `sigma` | standard deviation of the transition; eta = 1 gives the ancestral sampler |
+| e_theta | `noise` | the U-Net's (guided) noise prediction |
+
+All tensors here are float32 whatever precision the U-Net runs in: a ratio of densities clipped at
+1 +- 1e-4 has no room for rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from datamodules.errors import UserError
+
+
+class DDIMSchedule(nn.Module):
+    """Tables of the T transitions, indexed by step: 0 is the noisiest, T - 1 the last.
+
+    The tables are non-persistent buffers, so they follow the module that owns them and stay out of
+    its checkpoints.
+
+    Args:
+        scheduler: The pipeline's own scheduler; its configuration decides the noise schedule, the
+            spacing of the timesteps and the last step's alpha.
+        steps: Number of denoising steps T.
+        eta: Share of the ancestral noise in each transition; 0 would be deterministic and has no
+            density.
+
+    Raises:
+        UserError: if the scheduler predicts something other than noise, clamps its samples, or a
+            transition has no variance.
+    """
+
+    def __init__(self, scheduler: DDIMScheduler, steps: int, eta: float = 1.0) -> None:
+        super().__init__()
+        config = scheduler.config
+        if config.prediction_type != "epsilon":
+            raise UserError(
+                f"the scheduler predicts {config.prediction_type!r}; the policy is written for "
+                "'epsilon' (noise prediction), as Stable Diffusion v1.5 does"
+            )
+        if config.clip_sample or config.get("thresholding"):
+            raise UserError(
+                "the scheduler clamps its prediction of x_0 (clip_sample or thresholding), which "
+                "the density of a transition does not account for; set both to false in the "
+                "pipeline's scheduler/scheduler_config.json"
+            )
+        if not 1 <= steps <= config.num_train_timesteps:
+            raise UserError(f"steps={steps}: allowed are 1 to {config.num_train_timesteps}")
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.long()
+        previous = timesteps - config.num_train_timesteps // steps
+        alphas = scheduler.alphas_cumprod.double()
+        alpha = alphas[timesteps]
+        alpha_previous = torch.where(
+            previous >= 0, alphas[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double()
+        )
+        variance = (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
+        sigma = eta * variance.clamp(min=0).sqrt()
+        _require_density(sigma, timesteps, eta, config.set_alpha_to_one)
+        self.register_buffer("timesteps", timesteps, persistent=False)
+        for name, table in (("alpha", alpha), ("alpha_previous", alpha_previous), ("sigma", sigma)):
+            self.register_buffer(name, table.float(), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def mean(self, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """Mean of p(x_{t-1} | x_t, c), DDIM Eq. 12.
+
+        Args:
+            latents: x_t, `(B, C, H, W)`.
+            noise: Guided noise prediction, `(B, C, H, W)`.
+            step: Index of each sample's transition, `(B,)` int64.
+        """
+        alpha, alpha_previous, sigma = (
+            table[step].view(-1, 1, 1, 1) for table in (self.alpha, self.alpha_previous, self.sigma)
+        )
+        origin = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        direction = (1 - alpha_previous - sigma**2).sqrt() * noise
+        return alpha_previous.sqrt() * origin + direction
+
+    def log_prob(self, previous: Tensor, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        """Log-density of the action x_{t-1}, *averaged* over C, H and W, `(B,)`.
+
+        The average, not the sum, is what the published clip range of 1e-4 refers to.
+        """
+        sigma = self.sigma[step].view(-1, 1, 1, 1)
+        mean = self.mean(latents, noise, step)
+        log_density = (
+            -((previous - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+        )
+        return log_density.mean(dim=(1, 2, 3))
+
+
+def _require_density(sigma: Tensor, timesteps: Tensor, eta: float, alpha_to_one: bool) -> None:
+    flat = (sigma <= 0).nonzero().flatten().tolist()
+    if flat:
+        raise UserError(
+            f"the transition has no density at {len(flat)} of {len(sigma)} steps (timesteps "
+            f"{timesteps[flat][:3].tolist()}): eta={eta}, set_alpha_to_one={alpha_to_one}. Use "
+            "eta > 0 and a scheduler with set_alpha_to_one: false, as Stable Diffusion v1.5 has"
+        )
+
+
+class Transition(NamedTuple):
+    """One denoising step of a batch: the index, x_{t-1} `(B, C, H, W)` and its log-prob `(B,)`."""
+
+    step: int
+    previous: Tensor
+    log_prob: Tensor
+
+
+def initial_latents(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Draw x_T ~ N(0, I) on the CPU, `(B, *shape)`, one generator a sample."""
+    return randn_tensor((len(generators), *shape), generator=generators, device=torch.device("cpu"))
+
+
+def denoise(
+    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    schedule: DDIMSchedule,
+    latents: Tensor,
+    generators: list[torch.Generator],
+) -> Iterator[Transition]:
+    """Walk from x_T to x_0, drawing each action from the policy.
+
+    Args:
+        predict_noise: Maps (x_t, step index `(B,)`) to the guided noise prediction.
+        schedule: The transitions.
+        latents: x_T, `(B, C, H, W)` float32.
+        generators: One CPU generator a sample, so that a sample does not depend on its batch.
+    """
+    for i in range(len(schedule)):
+        step = torch.full((len(latents),), i, device=latents.device)
+        noise = predict_noise(latents, step)
+        draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
+        previous = schedule.mean(latents, noise, step) + schedule.sigma[i] * draw.to(latents.device)
+        yield Transition(i, previous, schedule.log_prob(previous, latents, noise, step))
+        latents = previous

@@ -1,0 +1,62 @@
+"""Low-rank adapters (LoRA) on the U-Net's attention layers, in the diffusers format."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+ADAPTER = "policy"
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> None:
+    """Add trainable adapters with alpha = rank; the U-Net computes what it did until they train.
+
+    Args:
+        unet: All of its own weights frozen.
+        rank: Rank of each adapter.
+        seed: Decides the adapters' first weights.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=ADAPTER)
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the adapters so that `StableDiffusionPipeline.load_lora_weights(folder)` reads them.
+
+    The adapters' configuration travels in the file's metadata; without it an alpha other than the
+    rank would be lost.
+    """
+    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(weights),
+        unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
+        safe_serialization=True,
+    )
+
+
+def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Make a pipeline's U-Net the policy that was exported to a folder.
+
+    Args:
+        unet: The U-Net of the pipeline that training started from.
+        folder: Adapters, or a whole pipeline whose U-Net replaces this one's weights.
+    """
+    if (folder / "model_index.json").is_file():
+        trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+        unet.load_state_dict(trained.state_dict())
+    else:
+        unet.load_lora_adapter(
+            str(folder), prefix="unet", adapter_name=ADAPTER, use_safetensors=True
+        )
+    unet.requires_grad_(False)

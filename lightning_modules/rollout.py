@@ -1,0 +1,83 @@
+"""What a rollout leaves for the updates, and which of it each update trains on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_modules.randomness import generator, key
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """This rank's share of the samples of one epoch, n of M.
+
+    Attributes:
+        index: Global sample index, `(n,)` int64.
+        prompts: n texts.
+        conditions: Multi-hot, `(n, 6)`.
+        latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once.
+        log_probs: log p of each action under the policy that took it, `(n, T)` float32.
+        images: x_0 decoded, `(n, 3, H, W)` in [0, 1].
+    """
+
+    index: Tensor
+    prompts: list[str]
+    conditions: Tensor
+    latents: Tensor
+    log_probs: Tensor
+    images: Tensor
+
+
+def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """Shuffle the global sample indices of an epoch, `(M,)`.
+
+    Position p of the order belongs to rank p mod W. An update takes a run of consecutive positions,
+    so it trains on the same samples for any number of ranks W.
+    """
+    return torch.randperm(samples, generator=generator(key(seed, "order", epoch)))
+
+
+class Pairs(NamedTuple):
+    """(sample, step) pairs of one forward and backward pass, each column `(P,)`.
+
+    Attributes:
+        row: Row of this rank's rollout.
+        step: Index of the transition.
+        advantage: The sample's; zero for a pair that only keeps the ranks in step.
+    """
+
+    row: Tensor
+    step: Tensor
+    advantage: Tensor
+
+
+def plan_passes(
+    advantages: Tensor, rank: int, chosen: Callable[[int], Tensor], micro_batch: int
+) -> list[Pairs]:
+    """Divide an update's pairs into passes, as many on every rank.
+
+    A sample whose advantage is zero has a zero gradient and costs no pass. As all ranks know all
+    advantages, they agree on the number of passes without a word; a rank that has fewer pairs than
+    another fills up with one pair of weight zero.
+
+    Args:
+        advantages: Of the update's samples, `(rows, ranks)`.
+        rank: This one.
+        chosen: Gives the steps that a row trains, `(kept,)` int64, as many for each row.
+        micro_batch: Pairs a pass.
+    """
+    live = advantages != 0
+    kept = len(chosen(0))
+    passes = max(1, math.ceil(int(live.sum(dim=0).max()) * kept / micro_batch))
+    rows = live[:, rank].nonzero().flatten()
+    row = rows.repeat_interleave(kept)
+    step = torch.cat([chosen(r) for r in rows.tolist()] or [row])
+    pairs = Pairs(row, step, advantages[row, rank])
+    idle = Pairs(row.new_zeros(1), row.new_zeros(1), advantages.new_zeros(1))
+    chunks = zip(*(column.split(micro_batch) for column in pairs), strict=True)
+    planned = [Pairs(*columns) for columns in chunks if len(columns[0])]
+    return planned + [idle] * (passes - len(planned))

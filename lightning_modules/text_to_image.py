@@ -1,0 +1,134 @@
+"""What fine-tuning and DDPO share: a pipeline whose U-Net is trained, and sampling from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from lightning_modules.ddim import DDIMSchedule, denoise, initial_latents
+from lightning_modules.frozen import Frozen, omit_frozen
+from lightning_modules.pipelines import load_pipeline, save_pipeline
+from lightning_modules.randomness import generator
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class TextToImage(L.LightningModule):
+    """A Stable Diffusion pipeline taken apart: the U-Net is free to train, the rest is frozen.
+
+    Subclasses take `pipeline`, `steps`, `eta`, `guidance` and `sample_batch` as hyperparameters.
+    """
+
+    report_progress: Callable[[str, int, int], None] = staticmethod(no_progress)
+
+    def configure_model(self) -> None:
+        if hasattr(self, "unet"):
+            return
+        pipeline = load_pipeline(self.hparams.pipeline)
+        self.tokenizer = pipeline.tokenizer
+        self.text_encoder = Frozen(pipeline.text_encoder)
+        self.vae = Frozen(pipeline.vae)
+        self.unet = pipeline.unet.train()
+        self.prepare_unet(self.unet)
+        omit_frozen(self.unet)
+        self.noise_scheduler = pipeline.scheduler
+        self.schedule = DDIMSchedule(pipeline.scheduler, self.hparams.steps, self.hparams.eta)
+        self._embeddings: dict[str, Tensor] = {}
+
+    def prepare_unet(self, unet: nn.Module) -> None:
+        """Decide which of the U-Net's parameters are trained."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> Tensor:
+        """Encode prompts, `(B, L, D)`; each distinct one is encoded once a run."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
+        if new:
+            ids = self.tokenizer(
+                new, padding="max_length", truncation=True, return_tensors="pt",
+                max_length=self.tokenizer.model_max_length,
+            ).input_ids  # fmt: skip
+            with torch.autocast(self.device.type, enabled=False):
+                encoded = self.text_encoder(ids.to(self.device))[0]
+            self._embeddings.update(zip(new, encoded, strict=True))
+        return torch.stack([self._embeddings[p] for p in prompts])
+
+    def guided_noise(self, latents: Tensor, step: Tensor, text: Tensor, empty: Tensor) -> Tensor:
+        """Predict the noise with classifier-free guidance, e_u + w (e_c - e_u), in one batch.
+
+        Args:
+            latents: x_t, `(B, C, H, W)` float32.
+            step: Index of the transition, `(B,)`.
+            text: Prompt embeddings, `(B, L, D)`.
+            empty: Embedding of the empty prompt, `(L, D)`.
+        """
+        timestep = self.schedule.timesteps[step]
+        if self.hparams.guidance == 1.0:
+            return self.unet(latents, timestep, text, return_dict=False)[0].float()
+        text = torch.cat([empty.expand_as(text), text])
+        latents, timestep = latents.repeat(2, 1, 1, 1), timestep.repeat(2)
+        unconditional, conditional = (
+            self.unet(latents, timestep, text, return_dict=False)[0].float().chunk(2)
+        )
+        return unconditional + self.hparams.guidance * (conditional - unconditional)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, size, size)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode x_0 to images in [0, 1], `(B, 3, H, W)` float32."""
+        scaled = latents / self.vae.module.config.scaling_factor
+        image = self.vae.module.decode(scaled, return_dict=False)[0].float()
+        return (image / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], noise_keys: Tensor) -> Tensor:
+        """Draw one image a prompt, in [0, 1], `(B, 3, H, W)`.
+
+        Args:
+            prompts: B texts.
+            noise_keys: `(B,)` int64; image i depends on (prompt i, key i) alone.
+        """
+        images = []
+        empty = self.embed([""])[0]
+        for first in range(0, len(prompts), self.hparams.sample_batch):
+            part = slice(first, first + self.hparams.sample_batch)
+            text = self.embed(prompts[part])
+            with self.trainer.precision_plugin.forward_context():
+                *_, last = denoise(
+                    lambda x, step, text=text: self.guided_noise(x, step, text, empty),
+                    self.schedule,
+                    *self.noise_of(noise_keys[part]),
+                )
+                images.append(self.decode(last.previous))
+            self.report_progress("sampling", min(part.stop, len(prompts)), len(prompts))
+        return torch.cat(images)
+
+    def noise_of(self, noise_keys: Tensor) -> tuple[Tensor, list[torch.Generator]]:
+        """Return x_T of each key on this device, and the generators that go on from there."""
+        generators = [generator(k) for k in noise_keys.tolist()]
+        return initial_latents(self.latent_shape, generators).to(self.device), generators
+
+    def assembled(self) -> StableDiffusionPipeline:
+        """Return the parts as a stock pipeline, with the U-Net as it is now."""
+        return StableDiffusionPipeline(
+            vae=self.vae.module,
+            text_encoder=self.text_encoder.module,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.noise_scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained in the diffusers format."""
+        save_pipeline(self.assembled(), folder)

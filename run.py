@@ -1,0 +1,177 @@
+"""The whole command line: `python run.py fit|validate|test|predict|describe --config NAME.yaml`."""
+
+import difflib
+import inspect
+import pydoc
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+
+import callbacks
+import datamodules
+import lightning_modules
+from datamodules.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+class ConfigFile(ActionConfigFile):
+    """Looks for a configuration in the working directory, then among the shipped ones."""
+
+    def __call__(self, parser: Any, config: Any, value: Any, option: str | None = None) -> None:
+        """Apply the file named by `value`."""
+        if isinstance(value, str) and not Path(value).exists():
+            shipped = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+            if value not in shipped:
+                parser.error(
+                    f"there is no configuration {value}, neither here nor among the shipped ones: "
+                    + ", ".join(shipped)
+                )
+            value = str(CONFIGS / value)
+        super().__call__(parser, config, value, option)
+
+
+class Parser(LightningArgumentParser):
+    """Answers a mistake with one message, and a misspelt name with the nearest known one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {_misspelt(message) or message}\n")
+
+
+def _misspelt(message: str) -> str | None:
+    """Say which name is unknown and which is near it, if that is what a message is about."""
+    if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        path, name = found.groups()
+        parameters = (inspect.signature(c).parameters for c in pydoc.locate(path).__mro__[:-1])
+        return _unknown(f"option of {path}", name, {p for names in parameters for p in names})
+    if found := re.search(r"Expected a dot import path string: (\w+)", message):
+        classes = (
+            *lightning_modules.__all__,
+            *datamodules.__all__,
+            *getattr(callbacks, "__all__", ()),
+        )
+        return _unknown("class", found[1], set(classes))
+    if found := re.search(r"(?:accept option '|unrecognized arguments: --)([\w.]+)", message):
+        trainer = {f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters}
+        root, *rest = found[1].split(".")
+        near = difflib.get_close_matches(root, ["trainer", "model", "data"], n=1) or [root]
+        known = trainer | {".".join([*near, *rest]), "config", "ckpt_path", "seed_everything"}
+        return _unknown("option", found[1], known - {found[1]})
+    return None
+
+
+def _unknown(kind: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" Known are: {', '.join(sorted(known))}"
+    return f"there is no {kind} named {name}.{hint}"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of each subcommand beside the run: `config_fit.yaml`, ..."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the file on rank 0, replacing that of an earlier run of the same subcommand."""
+        self.config_filename = f"config_{trainer.state.fn.value}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer; `fit` resumes by itself, and `describe` is a command too."""
+
+    def fit(
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = "last",
+    ) -> None:
+        """Train.
+
+        Args:
+            model: The model to train.
+            train_dataloaders: Not used: the data module has them.
+            val_dataloaders: Not used: the data module has them.
+            datamodule: The data to train on.
+            ckpt_path: `last` goes on from the run folder's last checkpoint if there is one; null
+                starts anew.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def describe(
+        self,
+        model: L.LightningModule | None = None,
+        datamodule: L.LightningDataModule | None = None,
+    ) -> None:
+        """Print what the tables hold: splits, subgroups, lesions. Needs no images.
+
+        Args:
+            model: Not used.
+            datamodule: The data to describe.
+        """
+        print(datamodule.describe())
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI, with `describe`, and with the configuration winning over a checkpoint's."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the trainer's methods that are commands, with the arguments that are not options."""
+        commands = LightningCLI.subcommands()
+        return commands | {"describe": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose `--config` also finds the shipped configurations."""
+        parser = super().init_parser(**kwargs)
+        for action in parser._actions:
+            if isinstance(action, ActionConfigFile):
+                action.__class__ = ConfigFile
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the command line's values: Lightning would replace them by the checkpoint's."""
+
+
+def main(args: ArgsType = None) -> CommandLine:
+    """Run the command line; `args` stands in for `sys.argv[1:]`."""
+    if args is not None:
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    return CommandLine(
+        L.LightningModule,
+        L.LightningDataModule,
+        trainer_class=Trainer,
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=42,
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
