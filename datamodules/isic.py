@@ -200,7 +200,7 @@ class ISICDataModule(LightningDataModule):
     ) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),

@@ -31,6 +31,12 @@ class Recorder(LightningModule):
     def validation_step(self, batch, _):
         pass
 
+    def test_step(self, batch):
+        self.seen.setdefault("test", []).append(batch["id"])
+
+    def predict_step(self, batch):
+        self.seen.setdefault("predict", []).append(batch["id"])
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -178,6 +184,13 @@ def test_two_processes_see_together_what_one_sees(folder, tmp_path):
         assert [sorted(a + b) for a, b in steps] == [sorted(step) for step in one.seen[epoch]]
     validated = {name for seen in ranks for batch in seen["val"] for name in batch}
     assert validated == set(module(folder).splits.val["id"])
+
+
+@pytest.mark.parametrize("run", ["test", "predict"])
+def test_trainer_runs_over_the_test_split(folder, tmp_path, run):
+    recorder, data = Recorder(), module(folder)
+    getattr(trainer(tmp_path), run)(recorder, datamodule=data)
+    assert sum(recorder.seen[run], []) == data.splits.test["id"].tolist()  # noqa: RUF017
 
 
 def test_no_fit_opens_a_test_image(folder, tmp_path, monkeypatch):

@@ -40,14 +40,17 @@ class Listener(LightningModule):
     def predict_step(self, batch):
         self.seen.setdefault("predict", []).append(batch)
 
+    def on_fit_end(self):
+        if self.trainer.world_size > 1:
+            torch.save(self.seen[0], f"{self.trainer.default_root_dir}/seen-{self.global_rank}.pt")
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def trainer(tmp_path, max_epochs):
+def trainer(tmp_path, max_epochs, **kwargs):
     return Trainer(
         accelerator="cpu",
-        devices=1,
         max_epochs=max_epochs,
         logger=False,
         enable_progress_bar=False,
@@ -55,6 +58,7 @@ def trainer(tmp_path, max_epochs):
         enable_checkpointing=False,
         num_sanity_val_steps=0,
         default_root_dir=tmp_path,
+        **{"devices": 1, **kwargs},
     )
 
 
@@ -75,6 +79,14 @@ def test_balanced_epoch_is_one_batch(tmp_path):
         check(batch)
         assert Counter(batch["prompt"]) == dict.fromkeys(PROMPTS, 8)
         assert batch["index"].tolist() == list(range(256))
+
+
+def test_every_process_gets_all_prompts(folder, tmp_path):
+    data = ISICPromptDataModule(str(folder.root), prompts="train")
+    trainer(tmp_path, 1, devices=2, strategy="ddp_fork").fit(Listener(), datamodule=data)
+    (first,), (second,) = (torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2))
+    assert first["prompt"] == second["prompt"]
+    assert first["index"].tolist() == second["index"].tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("stage", ["val", "test", "predict"])
