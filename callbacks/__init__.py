@@ -1,0 +1,8 @@
+"""The callbacks, by the names that the command line takes."""
+
+from callbacks.export import Export
+from callbacks.progress import InnerProgressBar
+from callbacks.reward_plateau import RewardPlateau
+from callbacks.sample_grid import SampleGrid
+
+__all__ = ["Export", "InnerProgressBar", "RewardPlateau", "SampleGrid"]

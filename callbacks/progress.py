@@ -1,0 +1,135 @@
+"""A progress bar that moves inside a step of minutes."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+SECONDS_BETWEEN_LINES = 60.0
+
+
+class InnerProgressBar(TQDMProgressBar):
+    """Lightning's progress bar, with another below it for what a single step is doing.
+
+    The module tells by `report_progress(phase, done, total)`. Where the output is no terminal,
+    as in the log of a cluster's job, there are lines in place of bars: one an epoch with the
+    metrics, and not more than one a minute in between.
+
+    Args:
+        refresh_rate: Batches between two updates of the outer bar; 0 shows nothing.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate)
+        self._inner: dict[str, Tqdm] = {}
+        self._lines = False
+        self._last_line = 0.0
+        self._silent: Any = None
+        self._batch = ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen to the module, on rank 0."""
+        super().setup(trainer, pl_module, stage)
+        if self.is_disabled and not self._lines:
+            return
+        self._lines = not sys.stdout.isatty()
+        self._last_line = time.monotonic()
+        if self._lines:
+            self.disable()
+        if hasattr(pl_module, "report_progress"):
+            self._silent = pl_module.report_progress
+            # a function: a bound method would drag this callback into deep copies of the module
+            pl_module.report_progress = lambda *report: self._report(*report)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the module report nothing again."""
+        if self._silent is not None:
+            pl_module.report_progress = self._silent
+            self._silent = None
+        for phase in list(self._inner):
+            self._inner.pop(phase).close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Clean up as after a run that went well."""
+        self.teardown(trainer, pl_module, "")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the epoch with its metrics."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._lines:
+            metrics = self.get_metrics(trainer, pl_module).items()
+            shown = [f"{k} {v:.4g}" for k, v in metrics if isinstance(v, int | float)]
+            self._line(", ".join([f"epoch {trainer.current_epoch + 1} done", *shown]))
+
+    def on_test_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note which batch the lines are about."""
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._batch = f", batch {batch_idx + 1} of {self.total_test_batches_current_dataloader}"
+
+    def on_predict_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note which batch the lines are about."""
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._batch = f", batch {batch_idx + 1} of {self.total_predict_batches_current_dataloader}"
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        if not self._lines:
+            self._move(phase, done, total)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line(f"{self._where()}: {phase} {done}/{total}")
+
+    def _where(self) -> str:
+        stage = self.trainer.state.stage
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            place = f"epoch {self.trainer.current_epoch + 1}"
+            return place if stage == RunningStage.TRAINING else f"{place}, {stage.value}"
+        return f"{stage.value}{self._batch}"
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        rank_zero_info(text)
+
+    def _move(self, phase: str, done: int, total: int) -> None:
+        bar = self._inner.get(phase)
+        if bar is None:
+            self._close_finished()
+            bar = self._inner[phase] = self._new_bar(phase, total)
+        if done < bar.n or total != bar.total:
+            bar.reset(total)
+        bar.update(done - bar.n)
+
+    def _close_finished(self) -> None:
+        for phase in [p for p, bar in self._inner.items() if bar.n >= bar.total]:
+            self._inner.pop(phase).close()
+
+    def _new_bar(self, phase: str, total: int) -> Tqdm:
+        outer = 1 + (self.trainer.validating or self.trainer.sanity_checking)
+        return Tqdm(
+            desc=phase,
+            total=total,
+            position=2 * self.process_position + outer + len(self._inner),
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=self.BAR_FORMAT,
+        )

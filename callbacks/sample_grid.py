@@ -1,0 +1,119 @@
+"""Watch the policy learn: the same prompts drawn from the same noise, again and again."""
+
+import os
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+
+from callbacks.grid import caption_grid
+from datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    DISEASES,
+    WORDS,
+    condition_of,
+    prompt_id,
+    prompt_of,
+)
+from datamodules.errors import UserError
+from lightning_modules.randomness import keys
+
+SHOWN = ((), *((a,) for a in ARTIFACTS), ("hair", "ruler"))
+READABLE = tuple(prompt_of(condition_of(d, artifacts)) for artifacts in SHOWN for d in DISEASES)
+"""Both diseases side by side: without artifacts, with each one, with two."""
+
+
+class SampleGrid(Callback):
+    """Draws a captioned grid of samples before training, every few epochs and at the end.
+
+    Prompts and noise are the same each time, so the grids show what training changes. They go to
+    TensorBoard (`samples`) and to `grids/epoch_XXXX.png` in the run folder; a caption says what the
+    prompt asks for and, where the module has a reward, what the image earns (r).
+
+    Args:
+        every_n_epochs: Epochs between two grids.
+        prompts: Some of the 32 prompts; null shows both diseases without artifacts, with each
+            artifact, and with hair and ruler.
+        samples_per_prompt: Images of each prompt.
+        seed: Decides the noise.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 5,
+        prompts: list[str] | None = None,
+        samples_per_prompt: int = 4,
+        seed: int = 0,
+    ) -> None:
+        if every_n_epochs < 1 or samples_per_prompt < 1:
+            raise UserError(
+                f"SampleGrid(every_n_epochs={every_n_epochs}, "
+                f"samples_per_prompt={samples_per_prompt}): both must be at least 1"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.samples_per_prompt = samples_per_prompt
+        self.prompts = list(prompts or READABLE)
+        try:
+            self.conditions = CONDITIONS[[prompt_id(p) for p in self.prompts]]
+        except ValueError as error:
+            raise UserError(f"SampleGrid: {error}") from error
+        self.seed = seed
+        self.drawn_epoch: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw what the run starts from."""
+        if trainer.current_epoch == 0:
+            self._draw(trainer, pl_module, 0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw every few epochs."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module, trainer.current_epoch + 1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw what the run ends with."""
+        self._draw(trainer, pl_module, trainer.current_epoch)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run or self.drawn_epoch == epoch:
+            return
+        self.drawn_epoch = epoch
+        grid = self._grid(pl_module)
+        _save(grid, Path(trainer.default_root_dir) / "grids" / f"epoch_{epoch:04d}.png")
+        # the counter that Lightning gives the scalars: calls of training_step
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+    @torch.no_grad()
+    def _grid(self, pl_module: L.LightningModule) -> Image.Image:
+        repeats = self.samples_per_prompt
+        prompts = [p for p in self.prompts for _ in range(repeats)]
+        conditions = self.conditions.repeat_interleave(repeats, dim=0)
+        images = pl_module.generate(prompts, keys(self.seed, "grid", 0, torch.arange(len(prompts))))
+        captions = [_caption(condition) for condition in conditions]
+        if hasattr(pl_module, "reward_of"):
+            rewards = pl_module.reward_of(images, conditions.to(images.device)).tolist()
+            captions = [f"{c}  r={r:.2f}" for c, r in zip(captions, rewards, strict=True)]
+        return caption_grid(images, captions, columns=2 * repeats)
+
+
+def _caption(condition: Tensor) -> str:
+    present = [a for a, on in zip(ATTRIBUTES, condition.tolist(), strict=True) if on]
+    artifacts = ", ".join(WORDS[a] for a in present if a in ARTIFACTS)
+    return f"{present[-1]}: {artifacts or 'no artifacts'}"
+
+
+def _save(grid: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    grid.save(unfinished, format="PNG")
+    os.replace(unfinished, path)
