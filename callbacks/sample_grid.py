@@ -31,7 +31,7 @@ READABLE = tuple(prompt_of(condition_of(d, artifacts)) for artifacts in SHOWN fo
 
 
 class SampleGrid(Callback):
-    """Draws a captioned grid of samples before training, every few epochs and at the end.
+    """Draws a captioned grid of samples before training, every few epochs, at the end, in tests.
 
     Prompts and noise are the same each time, so the grids show what training changes. They go to
     TensorBoard (`samples`) and to `grids/epoch_XXXX.png` in the run folder; a caption says what the
@@ -80,6 +80,11 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what the run ends with."""
         self._draw(trainer, pl_module, trainer.current_epoch)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw what was scored, as `grids/test.png`."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            _save(self._grid(pl_module), Path(trainer.default_root_dir) / "grids" / "test.png")
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or self.drawn_epoch == epoch:
