@@ -6,8 +6,8 @@ RUN ?= runs/demo
 # the tests and the demo run many small operations: threads that spin while they wait only get in
 # the way, and memory given back to the system after each of them has to be asked for again
 export OMP_WAIT_POLICY = PASSIVE
-export MALLOC_TRIM_THRESHOLD_ = 268435456
-export MALLOC_MMAP_THRESHOLD_ = 268435456
+export MALLOC_TRIM_THRESHOLD_ = 2147483648
+export MALLOC_MMAP_THRESHOLD_ = 33554432
 
 .PHONY: help demo test lint
 help:               ## list the targets

@@ -1,7 +1,7 @@
 """The whole experiment at a small size: `make demo`, or `python demo.py --help`.
 
-Each stage is a command that you could type; it is printed as it runs. A stage that has finished is
-not run again, and one that was interrupted goes on where it stopped. Everything lands in one folder,
+Each stage is a command that you could type, printed as it runs. A stage that has finished is
+not run again, an interrupted one goes on where it stopped. Everything lands in one folder,
 which the demo's configurations know as the environment variable DEMO.
 """
 
