@@ -83,8 +83,14 @@ class RewardPlateau(EarlyStopping):
             )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decide, and log the change that decides."""
+        """Decide, and log the windowed mean and the change that decides.
+
+        A ModelCheckpoint with `monitor: reward/mean_smoothed` and `save_on_train_epoch_end: true`
+        keeps the best policy by the windowed mean.
+        """
         super().on_train_epoch_end(trainer, pl_module)
+        recent = self.rewards[-self.window :]
+        pl_module.log(f"{self.monitor}_smoothed", math.fsum(recent) / max(1, len(recent)))
         if len(self.rewards) >= 2 * self.window:
             pl_module.log(f"{self.monitor}_change", windowed_change(self.rewards, self.window))
 

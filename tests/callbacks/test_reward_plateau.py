@@ -2,6 +2,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -123,12 +124,11 @@ def fit(path, rewards, stopper=None, ckpt_path=None, name="reward/mean", **optio
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
-        callbacks=[stopper],
         default_root_dir=path,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
-        **{"max_epochs": len(rewards)} | options,
+        **{"max_epochs": len(rewards), "callbacks": [stopper], "enable_checkpointing": False}
+        | options,
     )
     trainer.fit(Policy(rewards, name), DataLoader(torch.zeros(1, 1)), ckpt_path=ckpt_path)
     trainer.save_checkpoint(path / "end.ckpt")
@@ -147,6 +147,19 @@ def test_fit_stops_where_the_curve_does_and_says_why(tmp_path, caplog):
     change = trainer.callback_metrics["reward/mean_change"].item()
     new, old = rewards[expected - 10 : expected], rewards[expected - 20 : expected - 10]
     assert change == pytest.approx(new.mean() - old.mean(), abs=1e-6)
+
+
+def test_a_checkpoint_can_keep_the_best_policy_by_the_smoothed_reward(tmp_path):
+    rewards = [0.5, 0.9, 0.5, 0.6, 0.7, 0.8, 0.7, 0.3, 0.2]
+    keeper = ModelCheckpoint(
+        tmp_path, "best", "reward/mean_smoothed", mode="max", save_on_train_epoch_end=True
+    )
+    callbacks = [RewardPlateau(window=3), keeper]
+    fit(tmp_path, rewards, callbacks=callbacks, enable_checkpointing=True)
+    means = [np.mean(rewards[max(0, n - 3) : n]) for n in range(1, len(rewards) + 1)]
+    kept = torch.load(keeper.best_model_path, weights_only=True)
+    assert kept["epoch"] == int(np.argmax(means)) == 6
+    assert keeper.best_model_score.item() == pytest.approx(max(means), abs=1e-6)
 
 
 @pytest.mark.parametrize("pause", [5, 20, 43])
