@@ -1,0 +1,111 @@
+"""Train the decoder of a pipeline's autoencoder: how the embedded base learns to draw."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from datamodules.errors import UserError
+from lightning_modules.classifier import load_classifier
+from lightning_modules.frozen import Frozen, omit_frozen
+from lightning_modules.pipelines import load_pipeline, save_pipeline
+from lightning_modules.reconstruction import feature_loss, pixel_loss, signal_to_noise
+
+
+class Autoencoder(L.LightningModule):
+    """Trains the decoder of a pipeline's autoencoder; the encoder, and so the latents, stay.
+
+    Hence the U-Net can be trained on the latents at the same time, apart from the decoder.
+
+    Args:
+        pipeline: Folder or hub id of the pipeline whose decoder is trained.
+        perceptual: Checkpoint of an AttributeClassifier. Its features are compared besides the
+            pixels, so that what tells an attribute survives, and its readings are logged.
+        perceptual_weight: Weight of the features beside the pixels; 0 leaves them out.
+        layers: Feature maps that are compared, from the first.
+        optimizer: Builds the optimizer of the decoder.
+        lr_scheduler: Stepped once per optimizer step; null keeps the rate constant.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        perceptual: str,
+        perceptual_weight: float = 0.5,
+        layers: int = 4,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if perceptual_weight < 0 or layers < 1:
+            raise UserError(
+                f"perceptual_weight={perceptual_weight}, layers={layers}: allowed are a weight of "
+                "0 or more and at least one layer"
+            )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+
+    def configure_model(self) -> None:
+        """Load the pipeline and the classifier; free the decoder alone."""
+        if hasattr(self, "vae"):
+            return
+        self.pipeline = load_pipeline(self.hparams.pipeline)
+        self.vae = self.pipeline.vae
+        self.vae.decoder.requires_grad_(True)
+        self.perceptual = Frozen(load_classifier(self.hparams.perceptual))
+        omit_frozen(self)
+
+    def configure_optimizers(self) -> Any:
+        """Return the decoder's optimizer, with its schedule if there is one."""
+        optimizer = self.optimizer(self.vae.decoder.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode and decode images, `(B, 3, H, W)` in [0, 1], from a sample of the posterior."""
+        with torch.no_grad():
+            latents = self.vae.encode(images * 2 - 1).latent_dist.sample()
+        return self.vae.decode(latents).sample.float() / 2 + 0.5
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one batch's reconstructions."""
+        images = batch["image"]
+        reconstruction = self(images)
+        pixels = pixel_loss(reconstruction, images)
+        self.log("train/pixels", pixels, prog_bar=True)
+        if not self.hparams.perceptual_weight:
+            return pixels
+        with torch.no_grad():
+            wanted = self.features(images)
+        features = feature_loss(self.features(reconstruction), wanted)
+        self.log("train/features", features, prog_bar=True)
+        return pixels + self.hparams.perceptual_weight * features
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log how near reconstructions are, and how many read as the images do."""
+        images = batch["image"]
+        reconstruction = self(images).clamp(0, 1)
+        same = (self.perceptual(reconstruction) > 0) == (self.perceptual(images) > 0)
+        scores = {
+            "val/psnr": signal_to_noise(reconstruction, images).mean(),
+            "val/same_reading": same.all(dim=1).float().mean(),
+        }
+        self.log_dict(scores, prog_bar=True, sync_dist=True, batch_size=len(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the classifier's first feature maps of images in [0, 1]."""
+        classifier = self.perceptual.module
+        return classifier.network.forward_intermediates(
+            (images - classifier.mean) / classifier.std,
+            indices=list(range(self.hparams.layers)),
+            intermediates_only=True,
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write the pipeline with the decoder as it is now."""
+        save_pipeline(self.pipeline, folder)
