@@ -13,6 +13,16 @@ class Advantages(NamedTuple):
     flat_groups: float
 
 
+def standardise(rewards: Tensor, reference: Tensor, std_floor: float) -> Tensor:
+    """Return (r - mean) / (std + floor) by the mean and std of other rewards, all `(n,)`.
+
+    Tied rewards have an advantage of exactly zero, whatever rounding makes of their mean.
+    """
+    tied = reference.max() == reference.min()
+    mean = reference[0] if tied else reference.mean()
+    return (rewards - mean) / (reference.std(correction=0) + std_floor)
+
+
 def group_advantages(rewards: Tensor, groups: Tensor, std_floor: float, clip: float) -> Advantages:
     """Standardise rewards within their group: (r - mean) / (std + floor), clipped.
 
@@ -30,11 +40,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, std_floor: float, clip: fl
     for group in groups.unique():
         members = groups == group
         own = rewards[members]
-        std = own.std(correction=0)
-        values[members] = (own - own.mean()) / (std + std_floor)
+        values[members] = standardise(own, own, std_floor)
         flat.append(bool(own.max() == own.min()))
-        if flat[-1]:
-            values[members] = 0.0
     return Advantages(values.clamp(-clip, clip), sum(flat) / len(flat))
 
 
@@ -58,14 +65,13 @@ class RewardWindow:
     ) -> Advantages:
         """Add the rewards to the window and standardise them by it; arguments as above."""
         for group, reward in zip(groups.tolist(), rewards.tolist(), strict=True):
-            self.history[group] = (self.history.get(group, []) + [reward])[-self.size :]
+            self.history[group] = [*self.history.get(group, []), reward][-self.size :]
         pooled = rewards.new_tensor([r for kept in self.history.values() for r in kept])
         values = torch.zeros_like(rewards)
         for group in groups.unique().tolist():
             own = rewards.new_tensor(self.history[group])
             reference = own if len(own) >= self.minimum else pooled
             members = groups == group
-            spread = reference.std(correction=0) + std_floor
-            values[members] = (rewards[members] - reference.mean()) / spread
+            values[members] = standardise(rewards[members], reference, std_floor)
         flat = [min(self.history[g]) == max(self.history[g]) for g in groups.unique().tolist()]
         return Advantages(values.clamp(-clip, clip), sum(flat) / len(flat))

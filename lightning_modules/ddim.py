@@ -35,8 +35,7 @@ class DDIMSchedule(nn.Module):
         scheduler: The pipeline's own scheduler; its configuration decides the noise schedule, the
             spacing of the timesteps and the last step's alpha.
         steps: Number of denoising steps T.
-        eta: Share of the ancestral noise in each transition; 0 would be deterministic and has no
-            density.
+        eta: Share of the ancestral noise in each transition, in (0, 1].
 
     Raises:
         UserError: if the scheduler predicts something other than noise, clamps its samples, or a
@@ -57,8 +56,14 @@ class DDIMSchedule(nn.Module):
                 "the density of a transition does not account for; set both to false in the "
                 "pipeline's scheduler/scheduler_config.json"
             )
-        if not 1 <= steps <= config.num_train_timesteps:
-            raise UserError(f"steps={steps}: allowed are 1 to {config.num_train_timesteps}")
+        most = config.num_train_timesteps - config.steps_offset
+        if not 1 <= steps <= most:
+            raise UserError(f"steps={steps}: allowed are 1 to {most}")
+        if not 0 < eta <= 1:
+            raise UserError(
+                f"eta={eta}: allowed are (0, 1]; at 0 the transition is deterministic and has no "
+                "density"
+            )
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps.long()
         previous = timesteps - config.num_train_timesteps // steps
@@ -69,7 +74,7 @@ class DDIMSchedule(nn.Module):
         )
         variance = (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
         sigma = eta * variance.clamp(min=0).sqrt()
-        _require_density(sigma, timesteps, eta, config.set_alpha_to_one)
+        _require_density(sigma, timesteps)
         self.register_buffer("timesteps", timesteps, persistent=False)
         for name, table in (("alpha", alpha), ("alpha_previous", alpha_previous), ("sigma", sigma)):
             self.register_buffer(name, table.float(), persistent=False)
@@ -105,13 +110,13 @@ class DDIMSchedule(nn.Module):
         return log_density.mean(dim=(1, 2, 3))
 
 
-def _require_density(sigma: Tensor, timesteps: Tensor, eta: float, alpha_to_one: bool) -> None:
+def _require_density(sigma: Tensor, timesteps: Tensor) -> None:
     flat = (sigma <= 0).nonzero().flatten().tolist()
     if flat:
         raise UserError(
             f"the transition has no density at {len(flat)} of {len(sigma)} steps (timesteps "
-            f"{timesteps[flat][:3].tolist()}): eta={eta}, set_alpha_to_one={alpha_to_one}. Use "
-            "eta > 0 and a scheduler with set_alpha_to_one: false, as Stable Diffusion v1.5 has"
+            f"{timesteps[flat][:3].tolist()}), where sigma is 0. Use a scheduler with "
+            "set_alpha_to_one: false, as Stable Diffusion v1.5 has"
         )
 
 

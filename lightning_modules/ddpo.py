@@ -1,33 +1,35 @@
 """Stage 2: align images with their prompts by DDPO (RL4Med-DDPO, Algorithm 1)."""
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from datamodules.attributes import prompt_id, short_name
+from datamodules.attributes import CONDITIONS, prompt_id, short_name
 from datamodules.errors import UserError
 from lightning_modules.advantages import Advantages, RewardWindow, group_advantages
-from lightning_modules.ddim import denoise
-from lightning_modules.lora import add_lora, load_policy, save_lora
-from lightning_modules.pipelines import is_hub_id
-from lightning_modules.policy_evaluation import PolicyEvaluation
-from lightning_modules.policy_gradient import PolicyLoss, clipped_policy_loss
-from lightning_modules.randomness import generator, key, keys
-from lightning_modules.rewards import AttributeMatch, Reward, Rewards
-from lightning_modules.rollout import Pairs, Rollout, plan_passes, sample_order
-from lightning_modules.stages import Need, require
-from lightning_modules.text_to_image import TextToImage
+from lightning_modules.ddim import Transition
+from lightning_modules.policy import Policy
+from lightning_modules.policy_gradient import PolicyLoss, clipped_policy_loss, require_unit_ratio
+from lightning_modules.randomness import keys
+from lightning_modules.rewards import AttributeMatch, Reward
+from lightning_modules.rollout import (
+    Pairs,
+    Rollout,
+    chosen_steps,
+    plan_passes,
+    record,
+    require_divisible,
+    sample_order,
+)
 
 
-class DDPO(PolicyEvaluation, TextToImage):
+class DDPO(Policy):
     """Trains a pipeline's U-Net so that its images earn more reward.
 
     One epoch is one rollout: M images are drawn from the current policy, scored, and trained on in
@@ -44,7 +46,7 @@ class DDPO(PolicyEvaluation, TextToImage):
         optimizer: 3e-4 suits LoRA; the full U-Net wants 1e-5, 3e-4 turns its images black.
         max_grad_norm: The gradient is scaled down to this norm.
         steps: Denoising steps T; sampling, training and evaluation take the same.
-        eta: Share of ancestral noise in each step; above 0.
+        eta: Share of ancestral noise in each step, in (0, 1].
         guidance: Classifier-free guidance scale, in sampling and in training.
         updates: Optimizer steps of an inner epoch, each on its own part of the samples.
         inner_epochs: Rounds over one rollout, the K of Algorithm 1.
@@ -91,43 +93,6 @@ class DDPO(PolicyEvaluation, TextToImage):
         self.automatic_optimization = False
         self.optimizer, self.reward, self.window = optimizer, reward, RewardWindow()
 
-    def setup(self, stage: str) -> None:
-        """Check that the earlier stages have left what this one starts from."""
-        needs = self.reward.needs()
-        needs += [Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml")]
-        if not is_hub_id(self.hparams.pipeline):
-            made_by = "python run.py fit --config sd.yaml"
-            needs += [Need(self.hparams.pipeline, "the fine-tuned pipeline", made_by)]
-        if stage in ("test", "predict") and self.hparams.policy:
-            made_by = "python run.py fit --config ddpo.yaml"
-            needs += [Need(self.hparams.policy, "the trained policy", made_by)]
-        require(needs)
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "unet"):
-            super().configure_model()
-            self.load_scorers()
-
-    def prepare_unet(self, unet: UNet2DConditionModel) -> None:
-        """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
-        if self.trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING):
-            if self.hparams.policy:
-                load_policy(unet, Path(self.hparams.policy))
-        elif self.hparams.train == "lora":
-            add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
-        else:
-            unet.requires_grad_(True)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.trained_parameters())
-
-    def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise UserError(
-                "precision 16-mixed scales the gradients before they are clipped, which would "
-                "shrink every update: use --trainer.precision bf16-mixed or 32-true"
-            )
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one turn of Algorithm 1: sample, score, then K rounds of policy gradient steps."""
         started = time.monotonic()
@@ -142,21 +107,11 @@ class DDPO(PolicyEvaluation, TextToImage):
             for update in range(self.hparams.updates)
         ]
         self.log_training(results, advantages)
-        self.log("time/samples_per_second", len(order) / (time.monotonic() - started), batch_size=1)
-        self.log(
-            "time/rollout_share", (sampled - started) / (time.monotonic() - started), batch_size=1
-        )
+        self.log_times(len(order), sampled - started, time.monotonic() - started)
 
     def order(self, samples: int) -> Tensor:
         """Order the epoch's global sample indices; position p is rank p mod W's."""
-        parts = self.trainer.world_size * self.hparams.updates
-        if samples % parts:
-            fitting = [n for n in (samples // parts * parts, -(-samples // parts) * parts) if n]
-            raise UserError(
-                f"{samples} samples an epoch do not divide into {self.hparams.updates} updates on "
-                f"{self.trainer.world_size} processes: samples_per_epoch must be a multiple of "
-                f"{parts}; the nearest are {' and '.join(map(str, fitting))}"
-            )
+        require_divisible(samples, self.hparams.updates, self.trainer.world_size)
         return sample_order(samples, self.hparams.seed, self.current_epoch)
 
     @torch.no_grad()
@@ -165,39 +120,37 @@ class DDPO(PolicyEvaluation, TextToImage):
         mine = order[self.global_rank :: self.trainer.world_size]
         prompts = [batch["prompt"][i] for i in mine.tolist()]
         noise_keys = keys(self.hparams.seed, "rollout", self.current_epoch, batch["index"][mine])
-        empty, trajectories, log_probs, images = self.embed([""])[0], [], [], []
+        steps, total = len(self.schedule), len(mine) * len(self.schedule)
+        trajectories, images = [], []
         for first in range(0, len(mine), self.hparams.sample_batch):
             part = slice(first, first + self.hparams.sample_batch)
-            text = self.embed(prompts[part])
-            latents, generators = self.noise_of(noise_keys[part])
-            states, densities = [latents], []
-            for action in denoise(
-                lambda x, step, text=text: self.guided_noise(x, step, text, empty),
-                self.schedule, latents, generators,
-            ):  # fmt: skip
-                states.append(action.previous)
-                densities.append(action.log_prob)
-                self.report_progress(
-                    "rollout",
-                    first * len(self.schedule) + len(text) * len(densities),
-                    len(mine) * len(self.schedule),
-                )
-            trajectories.append(torch.stack(states, dim=1))
-            log_probs.append(torch.stack(densities, dim=1))
-            images.append(self.decode(states[-1]))
+            latents, transitions = self.walk(prompts[part], noise_keys[part])
+            trajectory = record(latents, self.reported(transitions, first * steps, total))
+            trajectories.append(trajectory)
+            images.append(self.decode(trajectory.latents[:, -1]))
+        latents, log_probs = map(torch.cat, zip(*trajectories, strict=True))
         return Rollout(
             index=batch["index"][mine],
             prompts=prompts,
             conditions=batch["condition"][mine].to(self.device),
-            latents=torch.cat(trajectories),
-            log_probs=torch.cat(log_probs),
+            latents=latents,
+            log_probs=log_probs,
             images=torch.cat(images),
         )
+
+    def reported(
+        self, transitions: Iterator[Transition], done: int, total: int
+    ) -> Iterator[Transition]:
+        """Pass a batch's transitions on, telling after each how far the whole rollout is."""
+        for transition in transitions:
+            done += len(transition.log_prob)
+            self.report_progress("rollout", done, total)
+            yield transition
 
     @torch.no_grad()
     def rewards(self, rollout: Rollout) -> Tensor:
         """Score the images (Algorithm 1, line 5) and gather all ranks', `(M,)` in sample order."""
-        mine: Rewards = self.reward(rollout.images, rollout.conditions)
+        mine = self.reward(rollout.images, rollout.conditions)
         rewards = self.gather_in_order(mine.value)
         self.log("reward/mean", rewards.mean(), prog_bar=True, batch_size=1)
         self.log("reward/std", rewards.std(correction=0), batch_size=1)
@@ -211,16 +164,15 @@ class DDPO(PolicyEvaluation, TextToImage):
 
     def advantages(self, rewards: Tensor, batch: dict[str, Any], order: Tensor) -> Advantages:
         """Compare each sample with its prompt's, `(M,)` in sample order, the same on every rank."""
-        groups = torch.tensor([prompt_id(batch["prompt"][i]) for i in order.tolist()])
-        groups = groups.to(rewards.device)
-        for group in groups.unique().tolist():
-            name = short_name(batch["condition"][order][groups.cpu() == group][0])
-            self.log(f"reward_of_prompt/{name}", rewards[groups == group].mean(), batch_size=1)
+        ids = [prompt_id(batch["prompt"][i]) for i in order.tolist()]
+        groups = torch.tensor(ids, device=rewards.device)
+        for group in sorted(set(ids)):
+            name = f"reward_of_prompt/{short_name(CONDITIONS[group])}"
+            self.log(name, rewards[groups == group].mean(), batch_size=1)
         if self.hparams.baseline == "none":
             return Advantages(rewards, 0.0)
-        standardise = group_advantages
-        if self.hparams.baseline == "window":
-            standardise = self.window.advantages
+        windowed = self.hparams.baseline == "window"
+        standardise = self.window.advantages if windowed else group_advantages
         return standardise(rewards, groups, self.hparams.std_floor, self.hparams.advantage_clip)
 
     def update(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> PolicyLoss:
@@ -230,14 +182,14 @@ class DDPO(PolicyEvaluation, TextToImage):
         the ranks once, in the last.
         """
         passes = self.passes(rollout, advantages, update, k)
-        samples = len(rollout.index) // self.hparams.updates
+        pairs_in_all = len(rollout.index) // self.hparams.updates * self.trained_steps
         optimizer = self.optimizers()
         optimizer.zero_grad()
         results = []
         for i, pairs in enumerate(passes, start=1):
             with nullcontext() if i == len(passes) else self.without_reduction():
                 result = self.policy_loss(rollout, pairs)
-                self.manual_backward(result.loss.sum() / (samples * self.trained_steps))
+                self.manual_backward(result.loss.sum() / pairs_in_all)
             results.append(result)
             self.report_progress("update", i, len(passes))
         if update == k == 0:
@@ -250,17 +202,17 @@ class DDPO(PolicyEvaluation, TextToImage):
     def passes(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> list[Pairs]:
         """Plan the passes of an update over this rank's part of its samples."""
         share = len(rollout.index) // self.hparams.updates
-        first = update * share
-        by_rank = advantages.cpu().view(-1, self.trainer.world_size)[first : first + share]
-
-        def chosen(row: int) -> Tensor:
-            index = int(rollout.index[first + row])
-            draw = generator(key(self.hparams.seed, "timesteps", self.current_epoch, k, index))
-            return torch.randperm(len(self.schedule), generator=draw)[: self.trained_steps]
-
-        planned = plan_passes(by_rank, self.global_rank, chosen, self.hparams.micro_batch)
+        mine = slice(update * share, (update + 1) * share)
+        steps = chosen_steps(
+            rollout.index[mine],
+            len(self.schedule),
+            self.trained_steps,
+            (self.hparams.seed, self.current_epoch, k),
+        )
+        by_rank = advantages.cpu().view(-1, self.trainer.world_size)[mine]
+        planned = plan_passes(by_rank, self.global_rank, steps, self.hparams.micro_batch)
         return [
-            Pairs(*(column.to(self.device) for column in (p.row + first, p.step, p.advantage)))
+            Pairs(*(c.to(self.device) for c in (p.row + mine.start, p.step, p.advantage)))
             for p in planned
         ]
 
@@ -271,24 +223,14 @@ class DDPO(PolicyEvaluation, TextToImage):
         noise = self.guided_noise(latents, pairs.step, text, self.embed([""])[0])
         previous = rollout.latents[pairs.row, pairs.step + 1]
         log_prob = self.schedule.log_prob(previous, latents, noise, pairs.step)
-        return clipped_policy_loss(
-            log_prob,
-            rollout.log_probs[pairs.row, pairs.step],
-            pairs.advantage,
-            self.hparams.clip_range,
-        )
+        old_log_prob = rollout.log_probs[pairs.row, pairs.step]
+        return clipped_policy_loss(log_prob, old_log_prob, pairs.advantage, self.hparams.clip_range)
 
     def check_ratio(self, first: PolicyLoss) -> None:
         """Log how far the ratio is from 1 before any update, and refuse what clipping would eat."""
         deviation = self.all_gather((first.ratio - 1).abs().max()).max()
         self.log("policy/ratio_deviation", deviation, batch_size=1)
-        if not deviation < self.hparams.clip_range:
-            raise UserError(
-                f"the ratio of unchanged weights is off 1 by {deviation:.1e}, which the clip range "
-                f"{self.hparams.clip_range:g} would take for a policy change: the precision "
-                f"{self.trainer.precision} is too low for it. Use --trainer.precision 32-true, or "
-                "a wider clip_range"
-            )
+        require_unit_ratio(deviation.item(), self.hparams.clip_range, self.trainer.precision)
 
     def without_reduction(self) -> AbstractContextManager:
         """Accumulate gradients on this rank alone."""
@@ -296,30 +238,28 @@ class DDPO(PolicyEvaluation, TextToImage):
         parallel = isinstance(strategy, ParallelStrategy)
         return strategy.block_backward_sync() if parallel else nullcontext()
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.unet.parameters() if p.requires_grad]
-
     @property
     def trained_steps(self) -> int:
+        """Steps of each sample that are trained in an inner epoch."""
         return max(1, round(self.hparams.timestep_fraction * len(self.schedule)))
 
     def log_training(self, results: list[PolicyLoss], advantages: Advantages) -> None:
-        """Log the means over all pairs of the epoch."""
+        """Log the means over all trained pairs of the epoch."""
         loss, _, clipped, kl = map(torch.cat, zip(*results, strict=True))
         for name, values in (("loss", loss), ("clip_fraction", clipped), ("approximate_kl", kl)):
             self.log(f"policy/{name}", values.float().mean(), sync_dist=True, batch_size=1)
         self.log("reward/flat_groups", advantages.flat_groups, batch_size=1)
         self.log("trainer/optimizer_steps", float(self.global_step), batch_size=1)
 
-    def export(self, folder: Path) -> None:
-        """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""
-        if self.hparams.train == "lora":
-            save_lora(self.unet, folder)
-        else:
-            super().export(folder)
+    def log_times(self, samples: int, sampling: float, whole: float) -> None:
+        """Log the speed of all ranks together and the rollout's share of it; times in seconds."""
+        self.log("time/samples_per_second", samples / whole, batch_size=1)
+        self.log("time/rollout_share", sampling / whole, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the rewards of past rollouts, which `baseline: window` compares with."""
         checkpoint["reward_window"] = self.window.history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the rewards of past rollouts."""
         self.window.history = checkpoint["reward_window"]

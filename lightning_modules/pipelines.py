@@ -43,6 +43,7 @@ def load_pipeline(source: str) -> StableDiffusionPipeline:
     if not is_hub_id(source):
         _check_folder(Path(source))
     try:
+        _check_kind(source)
         pipeline = StableDiffusionPipeline.from_pretrained(
             source,
             dtype=torch.float32,
@@ -52,26 +53,46 @@ def load_pipeline(source: str) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"cannot load the pipeline {source!r}: {type(error).__name__}\n"
-            "  It is neither a folder here nor in the hub's cache, and the hub did not give it.\n"
-            f"  Fetch it where there is a network: hf download {source}\n"
-            f"  and set HF_HOME to that cache (now {os.environ.get('HF_HOME', 'the default')}), or "
-            "give its folder instead."
-        ) from error
+        raise UserError(_cannot_load(source, error)) from error
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     for name in ("unet", "vae", "text_encoder"):
         getattr(pipeline, name).requires_grad_(False).eval()
     return pipeline
 
 
+def _check_kind(source: str) -> None:
+    kind = StableDiffusionPipeline.load_config(source)["_class_name"]
+    if kind != StableDiffusionPipeline.__name__:
+        raise UserError(
+            f"the pipeline {source} is a {kind}; needed is a StableDiffusionPipeline, as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5 is"
+        )
+
+
+def _cannot_load(source: str, error: Exception) -> str:
+    if not is_hub_id(source):
+        return (
+            f"cannot load the pipeline at {source}: its files are incomplete or damaged. Copy or "
+            f"export it again.\n  {error}"
+        )
+    return (
+        f"cannot load the pipeline {source!r}: {type(error).__name__}\n"
+        "  It is neither a folder here nor in the hub's cache, and the hub did not give it.\n"
+        f"  Fetch it where there is a network: hf download {source}\n"
+        f"  and set HF_HOME to that cache (now {os.environ.get('HF_HOME', 'the default')}), or "
+        "give its folder instead."
+    )
+
+
 def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
+        why = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise UserError(
-            f"no pipeline at {folder}: {'no model_index.json in it' if folder.is_dir() else 'no such folder'}.\n"
-            "  Give a folder in the diffusers layout, as `python run.py fit --config sd.yaml` writes "
-            "to runs/sd/pipeline,\n  or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            f"no pipeline at {folder}: {why}.\n"
+            "  Give a folder in the diffusers layout, as `python run.py fit --config sd.yaml` "
+            "writes to runs/sd/pipeline,\n"
+            "  or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
     missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
     if missing:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from datamodules.errors import UserError
+
 
 class PolicyLoss(NamedTuple):
     """The loss of each (sample, step) pair and what one wants to know about it, all `(B,)`."""
@@ -20,9 +22,9 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """PPO's loss max(-A ratio, -A clip(ratio, 1 - c, 1 + c)), a value a pair.
 
-    The gradient of its unclipped branch is the importance-weighted estimator of Eq. 2. A pair counts
-    as clipped when its gradient is zero because of the clip. The KL estimate (ratio - 1) - log ratio
-    is Schulman's non-negative, unbiased one.
+    The gradient of its unclipped branch is the importance-weighted estimator of Eq. 2. A pair
+    counts as clipped when its gradient is zero because of the clip. The KL estimate (ratio - 1) -
+    log ratio is Schulman's non-negative, unbiased one.
 
     Args:
         log_prob: log p_theta(x_{t-1} | x_t, c) under the weights being trained, `(B,)`.
@@ -40,3 +42,19 @@ def clipped_policy_loss(
         clipped=(clipped > unclipped).detach(),
         approximate_kl=(ratio - 1 - log_ratio).detach(),
     )
+
+
+def require_unit_ratio(deviation: float, clip_range: float, precision: str) -> None:
+    """Refuse rounding that clipping would take for a change of the policy.
+
+    Args:
+        deviation: Largest |ratio - 1| under the weights that drew the actions.
+        clip_range: Of the ratio.
+        precision: The trainer's, for the message.
+    """
+    if not deviation < clip_range:
+        raise UserError(
+            f"the ratio of unchanged weights is off 1 by {deviation:.1e}, which the clip range "
+            f"{clip_range:g} would take for a policy change: the precision {precision} is too low "
+            "for it. Use --trainer.precision 32-true, or a wider clip_range"
+        )

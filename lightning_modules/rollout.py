@@ -1,13 +1,15 @@
 """What a rollout leaves for the updates, and which of it each update trains on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from datamodules.errors import UserError
+from lightning_modules.ddim import Transition
 from lightning_modules.randomness import generator, key
 
 
@@ -30,6 +32,34 @@ class Rollout:
     latents: Tensor
     log_probs: Tensor
     images: Tensor
+
+
+class Trajectory(NamedTuple):
+    """States x_T to x_0, `(B, T + 1, C, h, w)`, and the actions' log-probs, `(B, T)`."""
+
+    latents: Tensor
+    log_probs: Tensor
+
+
+def record(latents: Tensor, transitions: Iterable[Transition]) -> Trajectory:
+    """Follow a walk from x_T, `(B, C, h, w)`, to its end and keep all of it."""
+    states, log_probs = [latents], []
+    for transition in transitions:
+        states.append(transition.previous)
+        log_probs.append(transition.log_prob)
+    return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1))
+
+
+def require_divisible(samples: int, updates: int, ranks: int) -> None:
+    """Refuse an epoch that does not divide into equal parts, one for each update and rank."""
+    parts = updates * ranks
+    if samples % parts:
+        nearest = [n for n in (samples // parts * parts, -(-samples // parts) * parts) if n]
+        raise UserError(
+            f"{samples} samples an epoch do not divide into {updates} updates on {ranks} "
+            f"processes: samples_per_epoch must be a multiple of {parts}; the nearest are "
+            f"{' and '.join(map(str, nearest))}"
+        )
 
 
 def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
@@ -55,9 +85,21 @@ class Pairs(NamedTuple):
     advantage: Tensor
 
 
-def plan_passes(
-    advantages: Tensor, rank: int, chosen: Callable[[int], Tensor], micro_batch: int
-) -> list[Pairs]:
+def chosen_steps(index: Tensor, steps: int, kept: int, seeds: tuple[int, int, int]) -> Tensor:
+    """Draw the steps that each sample trains, without replacement, `(n, kept)` int64.
+
+    Args:
+        index: Global sample index, `(n,)`.
+        steps: T.
+        kept: Steps a sample.
+        seeds: The experiment's seed, the epoch and the inner epoch.
+    """
+    seed, *when = seeds
+    draws = (generator(key(seed, "timesteps", *when, i)) for i in index.tolist())
+    return torch.stack([torch.randperm(steps, generator=draw)[:kept] for draw in draws])
+
+
+def plan_passes(advantages: Tensor, rank: int, steps: Tensor, micro_batch: int) -> list[Pairs]:
     """Divide an update's pairs into passes, as many on every rank.
 
     A sample whose advantage is zero has a zero gradient and costs no pass. As all ranks know all
@@ -67,16 +109,15 @@ def plan_passes(
     Args:
         advantages: Of the update's samples, `(rows, ranks)`.
         rank: This one.
-        chosen: Gives the steps that a row trains, `(kept,)` int64, as many for each row.
+        steps: That this rank's rows train, `(rows, kept)` int64.
         micro_batch: Pairs a pass.
     """
     live = advantages != 0
-    kept = len(chosen(0))
+    kept = steps.shape[1]
     passes = max(1, math.ceil(int(live.sum(dim=0).max()) * kept / micro_batch))
     rows = live[:, rank].nonzero().flatten()
     row = rows.repeat_interleave(kept)
-    step = torch.cat([chosen(r) for r in rows.tolist()] or [row])
-    pairs = Pairs(row, step, advantages[row, rank])
+    pairs = Pairs(row, steps[rows].flatten(), advantages[row, rank])
     idle = Pairs(row.new_zeros(1), row.new_zeros(1), advantages.new_zeros(1))
     chunks = zip(*(column.split(micro_batch) for column in pairs), strict=True)
     planned = [Pairs(*columns) for columns in chunks if len(columns[0])]

@@ -25,7 +25,7 @@ class StableDiffusion(TextToImage):
         cache_latents: Encode each image once and keep its latent distribution in memory. Wants
             images that are the same in every epoch (`data.augment: false`).
         steps: Denoising steps of the sample grids.
-        eta: Share of ancestral noise in the sample grids' steps.
+        eta: Share of ancestral noise in the sample grids' steps, in (0, 1].
         guidance: Guidance scale of the sample grids.
         sample_batch: Images sampled at a time.
         seed: Decides noise, timesteps and dropped captions together with epoch, batch and rank.
@@ -56,6 +56,7 @@ class StableDiffusion(TextToImage):
         unet.requires_grad_(True)
 
     def configure_optimizers(self) -> Any:
+        """Optimize the U-Net; a schedule is stepped with it."""
         optimizer = self.optimizer(self.unet.parameters())
         if self.lr_scheduler is None:
             return optimizer
@@ -63,6 +64,7 @@ class StableDiffusion(TextToImage):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_fit_start(self) -> None:
+        """Refuse to cache what changes from epoch to epoch."""
         data = getattr(self.trainer.datamodule, "hparams", {})
         if self.hparams.cache_latents and data.get("augment"):
             raise UserError(
@@ -71,6 +73,7 @@ class StableDiffusion(TextToImage):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one batch, some of its captions dropped."""
         draw = self.draws("fine-tune", self.current_epoch, batch_idx)
         dropped = torch.rand(len(batch["prompt"]), generator=draw) < self.hparams.caption_dropout
         prompts = ["" if d else p for d, p in zip(dropped, batch["prompt"], strict=True)]
@@ -79,6 +82,7 @@ class StableDiffusion(TextToImage):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the loss at noise and timesteps that are the same in every epoch."""
         loss = self.noise_prediction_loss(
             batch, batch["prompt"], self.draws("validation", 0, batch_idx)
         )

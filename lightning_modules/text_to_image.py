@@ -1,6 +1,6 @@
 """What fine-tuning and DDPO share: a pipeline whose U-Net is trained, and sampling from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from lightning_modules.ddim import DDIMSchedule, denoise, initial_latents
+from lightning_modules.ddim import DDIMSchedule, Transition, denoise, initial_latents
 from lightning_modules.frozen import Frozen, omit_frozen
 from lightning_modules.pipelines import load_pipeline, save_pipeline
 from lightning_modules.randomness import generator
@@ -27,6 +27,7 @@ class TextToImage(L.LightningModule):
     report_progress: Callable[[str, int, int], None] = staticmethod(no_progress)
 
     def configure_model(self) -> None:
+        """Load the pipeline and take it apart; done once."""
         if hasattr(self, "unet"):
             return
         pipeline = load_pipeline(self.hparams.pipeline)
@@ -79,6 +80,7 @@ class TextToImage(L.LightningModule):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of x_t."""
         size = self.unet.config.sample_size
         return (self.unet.config.in_channels, size, size)
 
@@ -97,24 +99,27 @@ class TextToImage(L.LightningModule):
             noise_keys: `(B,)` int64; image i depends on (prompt i, key i) alone.
         """
         images = []
-        empty = self.embed([""])[0]
         for first in range(0, len(prompts), self.hparams.sample_batch):
             part = slice(first, first + self.hparams.sample_batch)
-            text = self.embed(prompts[part])
             with self.trainer.precision_plugin.forward_context():
-                *_, last = denoise(
-                    lambda x, step, text=text: self.guided_noise(x, step, text, empty),
-                    self.schedule,
-                    *self.noise_of(noise_keys[part]),
-                )
+                _, transitions = self.walk(prompts[part], noise_keys[part])
+                *_, last = transitions
                 images.append(self.decode(last.previous))
             self.report_progress("sampling", min(part.stop, len(prompts)), len(prompts))
         return torch.cat(images)
 
-    def noise_of(self, noise_keys: Tensor) -> tuple[Tensor, list[torch.Generator]]:
-        """Return x_T of each key on this device, and the generators that go on from there."""
+    def walk(self, prompts: list[str], noise_keys: Tensor) -> tuple[Tensor, Iterator[Transition]]:
+        """Return x_T, `(B, C, h, w)`, and the walk from there to x_0, taken as it is iterated."""
+        text, empty = self.embed(prompts), self.embed([""])[0]
         generators = [generator(k) for k in noise_keys.tolist()]
-        return initial_latents(self.latent_shape, generators).to(self.device), generators
+        latents = initial_latents(self.latent_shape, generators).to(self.device)
+        transitions = denoise(
+            lambda x, step: self.guided_noise(x, step, text, empty),
+            self.schedule,
+            latents,
+            generators,
+        )
+        return latents, transitions
 
     def assembled(self) -> StableDiffusionPipeline:
         """Return the parts as a stock pipeline, with the U-Net as it is now."""

@@ -1,0 +1,80 @@
+"""The policy as a network: what it starts from, which of its weights train, what it leaves."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from datamodules.errors import UserError
+from lightning_modules.lora import add_lora, load_policy, save_lora
+from lightning_modules.pipelines import is_hub_id
+from lightning_modules.policy_evaluation import PolicyEvaluation
+from lightning_modules.rollout import require_divisible
+from lightning_modules.stages import Need, require
+from lightning_modules.text_to_image import TextToImage
+
+
+class Policy(PolicyEvaluation, TextToImage):
+    """A pipeline whose U-Net, or adapters on it, are trained for a reward.
+
+    Subclasses take `pipeline`, `policy`, `judge`, `train`, `lora_rank`, `updates` and
+    `seed` as hyperparameters and set `reward` and `optimizer`.
+    """
+
+    optimizer: OptimizerCallable
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before anything is loaded, what cannot work."""
+        needs = [
+            *self.reward.needs(),
+            Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml"),
+        ]
+        if not is_hub_id(self.hparams.pipeline):
+            made_by = "python run.py fit --config sd.yaml"
+            needs.append(Need(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
+        if stage in ("test", "predict") and self.hparams.policy:
+            made_by = "python run.py fit --config ddpo.yaml"
+            needs.append(Need(self.hparams.policy, "the trained policy", made_by))
+        require(needs)
+        if stage == "fit" and self.trainer.precision == "16-mixed":
+            raise UserError(
+                "precision 16-mixed scales the gradients before they are clipped, which would "
+                "shrink every update: use --trainer.precision bf16-mixed or 32-true"
+            )
+        samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
+        if stage == "fit" and samples is not None:
+            require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        """Load the pipeline, the reward's networks and the judge; done once."""
+        if not hasattr(self, "unet"):
+            super().configure_model()
+            self.load_scorers()
+
+    def prepare_unet(self, unet: UNet2DConditionModel) -> None:
+        """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
+        if self._trainer and self.trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING):
+            if self.hparams.policy:
+                load_policy(unet, Path(self.hparams.policy))
+        elif self.hparams.train == "lora":
+            add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
+        else:
+            unet.requires_grad_(True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Optimize the adapters or the full U-Net, whichever is trained."""
+        return self.optimizer(self.trained_parameters())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """List what the optimizer moves."""
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def export(self, folder: Path) -> None:
+        """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""
+        if self.hparams.train == "lora":
+            save_lora(self.unet, folder)
+        else:
+            super().export(folder)

@@ -1,0 +1,79 @@
+import logging
+import os
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from assets.build import build_pipeline
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, PROMPTS
+from lightning_modules import AttributeClassifier
+from lightning_modules.pipelines import save_pipeline
+
+# tiny networks: a second thread costs more than it computes, here and in subprocesses
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# pytest's own arguments are not the command line's
+warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """A Stable Diffusion pipeline of untrained networks: 16 x 16 images, 4 x 8 x 8 latents."""
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    pipeline = build_pipeline(
+        seed=0,
+        image_size=16,
+        vae_channels=(8, 16),
+        latent_channels=4,
+        unet_channels=(16, 32),
+        text_width=16,
+    )
+    save_pipeline(pipeline, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_classifiers(tmp_path_factory):
+    """Checkpoints of a reward network and of a judge: different networks, seeds and steps."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    return {
+        "reward": fitted(folder / "reward.ckpt", "test_efficientnet", ATTRIBUTES, seed=1),
+        "judge": fitted(folder / "judge.ckpt", "test_resnet", ARTIFACTS, seed=2),
+    }
+
+
+def fitted(path, backbone, attributes, seed):
+    draw = torch.Generator().manual_seed(seed)
+    batch = {
+        "image": torch.rand(8, 3, 16, 16, generator=draw),
+        "condition": CONDITIONS[:8],
+        "prompt": list(PROMPTS[:8]),
+        "id": [f"image_{i}" for i in range(8)],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = AttributeClassifier(backbone, False, attributes, image_size=32, dropout=0.0)
+        trainer = quiet_trainer(path.parent, max_epochs=1)
+        trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
+    trainer.save_checkpoint(path)
+    return str(path)
+
+
+def quiet_trainer(folder, **options):
+    """A trainer on the CPU that shows and writes nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**(defaults | options))

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.distributions import Normal
+
+from datamodules.errors import UserError
+from lightning_modules.ddim import DDIMSchedule, denoise, initial_latents
+from lightning_modules.randomness import generator
+
+STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def scheduler(**options):
+    return DDIMScheduler(**(STABLE_DIFFUSION | options))
+
+
+def draws(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(50, 1.0), (10, 1.0), (7, 0.5), (999, 1.0), (1, 1.0)])
+def test_each_transition_is_that_of_diffusers(steps, eta):
+    theirs, schedule = scheduler(), DDIMSchedule(scheduler(), steps, eta)
+    theirs.set_timesteps(steps)
+    latents, noise, draw = draws(0, 2, 4, 8, 8), draws(1, 2, 4, 8, 8), draws(2, 2, 4, 8, 8)
+    assert schedule.timesteps.tolist() == theirs.timesteps.tolist()
+    for i, timestep in enumerate(theirs.timesteps):
+        expected = theirs.step(noise, timestep, latents, eta=eta, variance_noise=draw).prev_sample
+        step = torch.tensor([i, i])
+        ours = schedule.mean(latents, noise, step) + schedule.sigma[i] * draw
+        # the noisiest step divides by sqrt(alpha) = 0.07 at float32
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_the_walk_is_that_of_diffusers_pipeline():
+    schedule, theirs = DDIMSchedule(scheduler(), 50), scheduler()
+    theirs.set_timesteps(50)
+
+    def predict(latents, step):
+        return 0.9 * latents + 0.01 * schedule.timesteps[step].view(-1, 1, 1, 1) / 1000
+
+    generators = [generator(k) for k in (3, 4)]
+    latents = initial_latents((4, 8, 8), generators)
+    *_, last = denoise(predict, schedule, latents, generators)
+    again = [generator(k) for k in (3, 4)]
+    expected = torch.stack([torch.randn(4, 8, 8, generator=g) for g in again])
+    for timestep in theirs.timesteps:
+        noise = 0.9 * expected + 0.01 * timestep / 1000
+        draw = torch.stack([torch.randn(4, 8, 8, generator=g) for g in again])
+        expected = theirs.step(noise, timestep, expected, eta=1.0, variance_noise=draw).prev_sample
+    torch.testing.assert_close(last.previous, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stable_diffusions_50_steps():
+    schedule = DDIMSchedule(scheduler(), 50)
+    assert schedule.timesteps[:2].tolist() == [981, 961]
+    assert schedule.timesteps[-2:].tolist() == [21, 1]
+    assert (schedule.sigma > 0).all()
+    assert schedule.sigma.max() < 1
+    # the last transition goes to the first training timestep, not to a clean image of alpha 1
+    assert schedule.alpha_previous[-1] == pytest.approx(1 - 0.00085, abs=1e-6)
+    torch.testing.assert_close(schedule.alpha_previous[:-1], schedule.alpha[1:])
+
+
+def test_log_prob_is_the_mean_of_normal_densities():
+    schedule = DDIMSchedule(scheduler(), 20)
+    latents, noise, previous = (draws(i, 20, 4, 8, 8) for i in range(3))
+    step = torch.arange(20)
+    ours = schedule.log_prob(previous, latents, noise, step)
+    for i in range(20):
+        mean = schedule.mean(latents[i : i + 1], noise[i : i + 1], step[i : i + 1]).double()
+        density = Normal(mean, schedule.sigma[i].double()).log_prob(previous[i : i + 1].double())
+        assert ours[i].item() == pytest.approx(density.mean().item(), rel=1e-5)
+
+
+def test_actions_are_drawn_from_the_density_they_are_scored_by():
+    schedule = DDIMSchedule(scheduler(), 5)
+    generators = [generator(k) for k in range(8)]
+    latents = initial_latents((4, 16, 16), generators)
+    transitions = list(denoise(lambda x, step: 0.5 * x, schedule, latents, generators))
+    assert [t.step for t in transitions] == [0, 1, 2, 3, 4]
+    for i, transition in enumerate(transitions):
+        step = torch.full((8,), i)
+        score = schedule.log_prob(transition.previous, latents, 0.5 * latents, step)
+        assert torch.equal(score, transition.log_prob)
+        mean = schedule.mean(latents, 0.5 * latents, step)
+        standard = (transition.previous - mean) / schedule.sigma[i]
+        assert standard.mean().item() == pytest.approx(0, abs=0.05)
+        assert standard.std().item() == pytest.approx(1, abs=0.05)
+        latents = transition.previous
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    schedule = DDIMSchedule(scheduler(), 5)
+
+    def walk(keys):
+        generators = [generator(k) for k in keys]
+        latents = initial_latents((4, 8, 8), generators)
+        *_, last = denoise(lambda x, step: 0.5 * x, schedule, latents, generators)
+        return last.previous
+
+    whole = walk([10, 11, 12, 13])
+    assert torch.equal(whole[2:], walk([12, 13]))
+    assert torch.equal(whole[1], walk([11])[0])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_the_tables_follow_the_module_and_stay_out_of_checkpoints():
+    schedule = DDIMSchedule(scheduler(), 5)
+    assert schedule.state_dict() == {}
+    assert schedule.to("meta").sigma.device.type == "meta"
+    assert len(schedule) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "eta", "says"),
+    [
+        ({"clip_sample": True}, 50, 1.0, ["clip_sample", "false"]),
+        ({"thresholding": True}, 50, 1.0, ["thresholding", "false"]),
+        ({"prediction_type": "v_prediction"}, 50, 1.0, ["v_prediction", "epsilon"]),
+        ({}, 50, 0.0, ["eta=0.0", "(0, 1]", "no density"]),
+        ({}, 50, -1.0, ["eta=-1.0", "(0, 1]"]),
+        # the mean would take the root of a negative number
+        ({}, 50, 1.01, ["eta=1.01", "(0, 1]"]),
+        ({"set_alpha_to_one": True}, 50, 1.0, ["no density at 1 of 50 steps", "set_alpha_to_one"]),
+        ({}, 0, 1.0, ["steps=0", "1 to 999"]),
+        # the offset of 1 would ask for training timestep 1000 of 0 to 999
+        ({}, 1000, 1.0, ["steps=1000", "1 to 999"]),
+    ],
+)
+def test_what_has_no_density_is_refused(options, steps, eta, says):
+    with pytest.raises(UserError) as error:
+        DDIMSchedule(scheduler(**options), steps, eta)
+    for part in says:
+        assert part in str(error.value)

@@ -1,0 +1,354 @@
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_ddpo import RecordedDDPO, distance, flat, prompts, state_of, tiny_ddpo
+from torch.distributions import Normal
+
+from datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
+from datamodules.errors import UserError
+from lightning_modules import DDPO, Brightness
+from lightning_modules.pipelines import load_pipeline
+from lightning_modules.randomness import keys
+from lightning_modules.rollout import chosen_steps
+
+
+def fit(module, folder, data=None, epochs=1, **options):
+    trainer = quiet_trainer(folder, max_epochs=epochs, **options)
+    trainer.fit(module, datamodule=data or prompts())
+    return trainer
+
+
+@pytest.fixture
+def make(tiny_pipeline, tiny_classifiers):
+    return partial(tiny_ddpo, tiny_pipeline, tiny_classifiers)
+
+
+def slow_gradient(policy, rollout, rows, steps, advantages, weights):
+    """Eq. 2 with the clipped ratio, pair by pair: no batch, no shared code but the U-Net."""
+    for p, weight in zip(policy.trained_parameters(), weights, strict=True):
+        p.data.copy_(weight)
+    policy.zero_grad()
+    scheduler, c = policy.noise_scheduler, policy.hparams.clip_range
+    times = scheduler.timesteps
+    for row, chosen, advantage in zip(rows, steps, advantages, strict=True):
+        for i in chosen:
+            x, action = rollout.latents[row, i][None], rollout.latents[row, i + 1][None]
+            unconditional, conditional = (
+                policy.unet(x, times[i], policy.embed([text])).sample
+                for text in ("", rollout.prompts[row])
+            )
+            noise = unconditional + policy.hparams.guidance * (conditional - unconditional)
+            a = scheduler.alphas_cumprod[times[i]]
+            later = times[i + 1] if i + 1 < len(times) else torch.tensor(1)
+            # the last step ends at the first training timestep
+            a_p = (
+                scheduler.alphas_cumprod[later]
+                if i + 1 < len(times)
+                else scheduler.alphas_cumprod[0]
+            )
+            s = ((1 - a_p) / (1 - a) * (1 - a / a_p)).sqrt()
+            origin = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            mean = a_p.sqrt() * origin + (1 - a_p - s**2).sqrt() * noise
+            log_prob = Normal(mean, s).log_prob(action).mean()
+            ratio = (log_prob - rollout.log_probs[row, i]).exp()
+            clipped = ratio.clamp(1 - c, 1 + c)
+            loss = torch.max(-advantage * ratio, -advantage * clipped)
+            (loss / (len(rows) * len(chosen))).backward()
+    return flat([p.grad for p in policy.trained_parameters()])
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_gradient_of_every_update_is_that_of_a_slow_loop(make, tmp_path, train):
+    policy = make(
+        train=train, inner_epochs=2, timestep_fraction=0.5, clip_range=1e-4, micro_batch=3,
+        max_grad_norm=1e9, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
+    )  # fmt: skip
+    trainer = fit(policy, tmp_path)
+    rollout, (advantages, _) = policy.rollouts[0], policy.given[0]
+    assert rollout.index.tolist() == policy.orders[0].tolist()
+    assert trainer.callback_metrics["policy/clip_fraction"] > 0
+    assert len(policy.steps_taken) == 4
+    for number, (weights, gradients) in enumerate(policy.steps_taken):
+        k, update = divmod(number, 2)
+        rows = range(8 * update, 8 * update + 8)
+        steps = chosen_steps(rollout.index[list(rows)], 4, 2, (42, 0, k)).tolist()
+        slow = slow_gradient(policy, rollout, rows, steps, advantages[list(rows)], weights)
+        fast = flat(gradients)
+        assert slow.norm() > 1e-5
+        assert (fast - slow).norm() / slow.norm() < 2e-5
+        assert (fast - slow).abs().max() / slow.norm() < 5e-6
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 64])
+def test_the_ratio_is_one_before_the_first_update(make, tmp_path, micro_batch):
+    trainer = fit(make(micro_batch=micro_batch), tmp_path)
+    assert trainer.callback_metrics["policy/ratio_deviation"] < 1e-6
+
+
+def test_rounding_that_the_clip_range_would_eat_is_refused(make, tmp_path):
+    class Rounded(RecordedDDPO):
+        def rollout(self, *args):
+            rollout = super().rollout(*args)
+            return replace(rollout, log_probs=rollout.log_probs.half().float())
+
+    with pytest.raises(UserError, match=r"the ratio of unchanged weights .* 32-true is too low"):
+        fit(make(kind=Rounded, clip_range=1e-4), tmp_path)
+
+
+def test_the_micro_batch_does_not_change_the_weights(make, tmp_path):
+    states = []
+    for micro_batch in (1, 7, 64):
+        policy = make(train="full", micro_batch=micro_batch, optimizer=sgd)
+        start = tiny_weights(policy)
+        fit(policy, tmp_path)
+        states.append(state_of(policy))
+    assert distance(states[0], start) > 1e-3
+    assert distance(states[0], states[1]) < 1e-6
+    assert distance(states[0], states[2]) < 1e-6
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def tiny_weights(policy):
+    unet = load_pipeline(policy.hparams.pipeline).unet
+    return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+
+
+def test_a_batch_of_any_size_samples_the_same_images(make, tmp_path):
+    policies = [make(sample_batch=b) for b in (1, 6, 16)]
+    for policy in policies:
+        fit(policy, tmp_path)
+    one, *others = (p.rollouts[0] for p in policies)
+    for other in others:
+        torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-4)
+
+
+def test_samples_without_advantage_are_skipped_and_weigh_zero(make, tmp_path):
+    class Weighed(RecordedDDPO):
+        """Trains every pair; an advantage of 1e-30 is a weight of zero that is not skipped."""
+
+        def advantages(self, *args):
+            values, flat_groups = super().advantages(*args)
+            return type(self.given[-1])(torch.where(values == 0, 1e-30, values), flat_groups)
+
+    # Of four prompts one is tied: its reward does not depend on the image
+    class Tied(Brightness):
+        def forward(self, images, conditions):
+            scored = super().forward(images, conditions)
+            tied = conditions[:, :4].sum(dim=1) == 0
+            return scored._replace(value=torch.where(tied, 0.5, scored.value))
+
+    states, passes = [], []
+    for kind in (RecordedDDPO, Weighed):
+        policy = make(kind=kind, train="full", reward=Tied(), std_floor=1e-4, optimizer=sgd)
+        seen = []
+        policy.report_progress = lambda phase, done, total, seen=seen: (
+            seen.append(total) if phase == "update" else None
+        )
+        trainer = fit(policy, tmp_path)
+        states.append(state_of(policy))
+        passes.append(len(seen))
+        assert trainer.callback_metrics["reward/flat_groups"] == 0.25
+    assert passes[0] < passes[1] == 16 * 4 / 8
+    assert distance(*states) < 1e-6
+
+
+def test_an_epoch_without_any_advantage_changes_nothing_but_goes_on(make, tmp_path):
+    class Same(Brightness):
+        def forward(self, images, conditions):
+            return super().forward(torch.full_like(images, 2 / 3), conditions)
+
+    policy = make(train="full", reward=Same(), optimizer=sgd)
+    trainer = fit(policy, tmp_path, epochs=2)
+    assert distance(state_of(policy), tiny_weights(policy)) == 0
+    assert trainer.callback_metrics["reward/flat_groups"] == 1
+    assert trainer.callback_metrics["policy/grad_norm"] == 0
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_checkpoint_holds_only_what_is_trained(make, tmp_path, train):
+    saver = ModelCheckpoint(tmp_path, filename="x")
+    policy = make(train=train, baseline="window")
+    fit(policy, tmp_path, enable_checkpointing=True, callbacks=[saver])
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert names
+    if train == "lora":
+        assert all(name.startswith("unet.") and "lora_" in name for name in names)
+    else:
+        assert names == set(tiny_weights(policy))
+    assert sum(len(rewards) for rewards in checkpoint["reward_window"].values()) == 16
+    again = DDPO.load_from_checkpoint(tmp_path / "x.ckpt", reward=policy.reward)
+    assert distance(state_of(policy), state_of(again)) == 0
+    assert again.window.history == policy.window.history
+
+
+def test_the_norm_of_the_gradient_is_bounded(make, tmp_path):
+    policy = make(train="full", max_grad_norm=1e-3, optimizer=sgd, updates=1)
+    trainer = fit(policy, tmp_path)
+    assert trainer.callback_metrics["policy/grad_norm"] > 1e-3
+    ((weights, gradients),) = policy.steps_taken
+    assert flat(gradients).norm() == pytest.approx(1e-3, rel=1e-3)
+    moved = flat(policy.trained_parameters()) - flat(weights)
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_advantages_go_to_the_samples_that_earned_them(make, tmp_path):
+    policy = make(baseline="none")
+    fit(policy, tmp_path)
+    (rollout,), ((advantages, _),) = policy.rollouts, policy.given
+    assert torch.equal(advantages, policy.reward(rollout.images, rollout.conditions).value)
+    for row, text in enumerate(rollout.prompts):
+        assert torch.equal(rollout.conditions[row], CONDITIONS[prompt_id(text)])
+        key = keys(42, "rollout", 0, rollout.index[row : row + 1])
+        # the image of a rollout can be drawn again, alone, by its key; LoRA has moved since
+        assert torch.equal(policy.walk([text], key)[0][0], rollout.latents[row, 0])
+
+
+def test_every_epoch_draws_new_noise(make, tmp_path):
+    policy = make()
+    fit(policy, tmp_path, epochs=2)
+    first, second = policy.rollouts
+    starts = torch.cat([first.latents[:, 0], second.latents[:, 0]]).flatten(1)
+    assert len(starts.unique(dim=0)) == 32
+
+
+@pytest.mark.parametrize("baseline", ["group", "window", "none"])
+def test_curves(make, tmp_path, baseline):
+    metrics = fit(make(baseline=baseline, inner_epochs=2), tmp_path, epochs=2).callback_metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["trainer/optimizer_steps"] == 8
+    assert {"reward/mean", "reward/std", "reward/hair", "reward_of_prompt/MEL"} <= metrics.keys()
+    assert sum(name.startswith("reward_of_prompt/") for name in metrics) == 4
+    assert 0 < metrics["time/rollout_share"] < 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_reward_rises(make, tmp_path, sign):
+    """The same noise gives brighter images after brightness was rewarded, and darker after dark."""
+
+    class Clear(RecordedDDPO):
+        """Its latents are seen as they are, for an untrained decoder's brightness hardly moves."""
+
+        def decode(self, latents):
+            return latents[:, :3].sigmoid()
+
+    class Signed(Brightness):
+        def forward(self, images, conditions):
+            scored = super().forward(images, conditions)
+            return scored._replace(value=sign * scored.value)
+
+    policy = make(
+        kind=Clear, train="full", reward=Signed(), std_floor=1e-3, clip_range=0.1, guidance=1.0,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3),
+    )  # fmt: skip
+    fit(policy, tmp_path, epochs=8)
+    texts, key = list(PROMPTS), torch.arange(32)
+    after = policy.generate(texts, key).mean(dim=(1, 2, 3))
+    load = {name.removeprefix("unet."): w for name, w in tiny_weights(policy).items()}
+    policy.unet.load_state_dict(load)
+    change = sign * (after - policy.generate(texts, key).mean(dim=(1, 2, 3)))
+    assert change.mean() > 0.01
+    assert (change > 0).sum() >= 24
+
+
+def test_the_exported_policy_draws_what_the_trained_one_drew(make, tmp_path):
+    for train in ("lora", "full"):
+        folder = tmp_path / train
+        lr = torch.optim.AdamW
+        policy = make(train=train, optimizer=lambda p, lr=lr: lr(p, lr=1e-2))
+        trainer = fit(policy, tmp_path)
+        policy.export(folder)
+        few, key = list(PROMPTS[:3]), torch.tensor([1, 2, 3])
+        drawn = policy.generate(few, key)
+        again = make(policy=str(folder), train=train)
+        trainer = quiet_trainer(tmp_path)
+        trainer.test(again, prompts(), verbose=False)
+        assert torch.equal(again.generate(few, key), drawn)
+        plain = make(policy=None)
+        quiet_trainer(tmp_path).test(plain, prompts(), verbose=False)
+        assert (plain.generate(few, key) - drawn).abs().max() > 1e-3
+
+
+def test_generated_images_depend_on_prompt_and_key_alone(make, tmp_path):
+    policy = make(sample_batch=2, policy=None)
+    quiet_trainer(tmp_path).test(policy, prompts(), verbose=False)
+    texts, key = list(PROMPTS[:5]), torch.tensor([5, 6, 7, 8, 9])
+    images = policy.generate(texts, key)
+    assert images.shape == (5, 3, 16, 16)
+    assert 0 <= images.min() < images.max() <= 1
+    torch.testing.assert_close(policy.generate(texts[3:4], key[3:4])[0], images[3])
+    assert (policy.generate([texts[0]], key[1:2])[0] - images[0]).abs().max() > 1e-3
+    assert (policy.generate([texts[1]], key[0:1])[0] - images[0]).abs().max() > 1e-6
+
+
+def test_validation_repeats_its_noise_and_leaves_training_alone(make, tmp_path):
+    with_validation, without = make(), make()
+    data = prompts(validation_samples_per_prompt=2, eval_batch_size=3)
+    trainer = fit(with_validation, tmp_path, data=data, epochs=2)
+    fit(without, tmp_path, epochs=2)
+    assert distance(state_of(with_validation), state_of(without)) == 0
+    assert with_validation.training
+    assert with_validation.unet.training
+    first = trainer.validate(with_validation, data, verbose=False)
+    assert first == trainer.validate(with_validation, data, verbose=False)
+    assert 0 <= first[0]["val/apr"] <= 1
+
+
+def test_apr_is_the_share_of_images_whose_artifacts_are_as_asked(make, tmp_path):
+    policy = make(policy=None)
+    data = prompts(test_samples_per_prompt=3, eval_batch_size=5)
+    (scores,) = quiet_trainer(tmp_path).test(policy, data, verbose=False)
+    hits, rewards = [], []
+    for batch in data.test_dataloader():
+        images = policy.generate(batch["prompt"], keys(42, "test", 0, batch["index"]))
+        read = policy.judge(images).sigmoid() > 0.5
+        asked = batch["condition"][:, : len(ARTIFACTS)].bool()
+        hits += [r.tolist() == a.tolist() for r, a in zip(read, asked, strict=True)]
+        rewards += policy.reward_of(images, batch["condition"]).tolist()
+    assert len(hits) == 12
+    assert scores["test/apr"] == pytest.approx(sum(hits) / 12)
+    assert scores["test/reward"] == pytest.approx(sum(rewards) / 12)
+    assert (tmp_path / "results" / "metrics.json").is_file()
+
+
+def test_what_cannot_work_is_refused_before_anything_is_loaded(make, tmp_path, tiny_classifiers):
+    cases = [
+        (make(updates=3), "multiple of 3; the nearest are 15 and 18"),
+        (make(judge="nowhere.ckpt"), "the judge, made by: python run.py fit --config judge"),
+        (
+            tiny_ddpo("no/where/at/all", tiny_classifiers),
+            "the fine-tuned pipeline, made by: python run.py",
+        ),
+    ]
+    for policy, says in cases:
+        with pytest.raises(UserError, match=says):
+            fit(policy, tmp_path)
+        assert not hasattr(policy, "unet")
+    missing = make(policy=str(tmp_path / "no_policy"))
+    with pytest.raises(UserError, match=r"the trained policy, made by: .* ddpo\.yaml"):
+        quiet_trainer(tmp_path).test(missing, prompts(), verbose=False)
+
+
+def test_gradients_that_are_scaled_before_clipping_are_refused(make, tmp_path):
+    policy = make()
+    policy.trainer = quiet_trainer(tmp_path)
+    # a trainer on the CPU turns 16-mixed into bf16-mixed
+    policy.trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(UserError, match="bf16-mixed or 32-true"):
+        policy.setup("fit")
+    policy.setup("test")
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
+def test_a_share_of_steps_that_is_none(make, fraction):
+    with pytest.raises(UserError, match=r"timestep_fraction=.*\(0, 1\]"):
+        make(timestep_fraction=fraction)

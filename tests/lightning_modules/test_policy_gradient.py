@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from datamodules.errors import UserError
+from lightning_modules.policy_gradient import clipped_policy_loss, require_unit_ratio
+
+CLIP = 0.1
+# log ratio, advantage: both signs, inside the range and beyond either end
+CASES = [(d, a) for d in (-0.5, -0.05, 0.0, 0.05, 0.5) for a in (-2.0, -0.5, 0.0, 1.0, 3.0)]
+
+
+def evaluate():
+    old = torch.linspace(-3, 3, len(CASES))
+    new = (old + torch.tensor([d for d, _ in CASES])).requires_grad_()
+    return new, clipped_policy_loss(new, old, torch.tensor([a for _, a in CASES]), CLIP)
+
+
+def test_loss_against_a_slow_scalar_loop():
+    _, fast = evaluate()
+    for i, (d, advantage) in enumerate(CASES):
+        ratio = math.exp(d)
+        loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - CLIP), 1 + CLIP))
+        assert fast.loss[i].item() == pytest.approx(loss, abs=1e-6)
+        assert fast.ratio[i].item() == pytest.approx(ratio, rel=1e-5)
+        assert fast.approximate_kl[i].item() == pytest.approx(ratio - 1 - d, abs=1e-6)
+
+
+def test_the_gradient_is_zero_exactly_where_the_clip_holds():
+    new, fast = evaluate()
+    fast.loss.sum().backward()
+    for i, (d, advantage) in enumerate(CASES):
+        # too far in the direction that the advantage asks for
+        beyond = (math.exp(d) > 1 + CLIP and advantage > 0) or (
+            math.exp(d) < 1 - CLIP and advantage < 0
+        )
+        assert bool(fast.clipped[i]) is beyond
+        assert (new.grad[i].item() == 0) is (beyond or advantage == 0)
+
+
+def test_the_unclipped_gradient_is_equation_2():
+    """-E[ p / p_old * A * grad log p ], for a policy whose density autograd differentiates."""
+    mean = torch.tensor(0.3, requires_grad=True)
+    actions, advantage = torch.linspace(-1, 1, 9), torch.linspace(-2, 3, 9)
+    old = torch.distributions.Normal(0.29, 1.0).log_prob(actions)
+    new = torch.distributions.Normal(mean, 1.0).log_prob(actions)
+    loss = clipped_policy_loss(new, old, advantage, clip_range=10.0).loss.mean()
+    (ours,) = torch.autograd.grad(loss, mean)
+    # d log N(x; m, 1) / dm = x - m
+    ratio = torch.exp(((actions - 0.29) ** 2 - (actions - 0.3) ** 2) / 2)
+    expected = -(ratio * advantage * (actions - 0.3)).mean()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_at_a_ratio_of_one_the_gradient_flows():
+    """On-policy both branches tie; half a gradient, or none, would train slowly and silently."""
+    new = torch.tensor([-1.0, -1.0], requires_grad=True)
+    clipped_policy_loss(new, new.detach(), torch.tensor([2.0, -3.0]), 1e-4).loss.sum().backward()
+    assert new.grad.tolist() == [-2.0, 3.0]
+
+
+@pytest.mark.parametrize("deviation", [1e-4, 0.5, math.nan, math.inf])
+def test_a_ratio_off_one_is_refused(deviation):
+    with pytest.raises(UserError, match=r"clip range 0\.0001 .* bf16-mixed is too low"):
+        require_unit_ratio(deviation, 1e-4, "bf16-mixed")
+
+
+def test_a_ratio_near_one_passes():
+    require_unit_ratio(9e-5, 1e-4, "32-true")

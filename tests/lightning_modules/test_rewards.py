@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
+from datamodules.errors import UserError
+from lightning_modules.rewards import AttributeMatch, Brightness, attribute_match
+
+
+class Reader(nn.Module):
+    """Says the same of every image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.as_tensor(logits)
+
+    def forward(self, images):
+        return self.logits.expand(len(images), -1)
+
+
+def reward_of(logits, conditions):
+    reward = AttributeMatch()
+    reward.network = Reader(logits)
+    return reward(torch.rand(len(conditions), 3, 8, 8), conditions)
+
+
+def test_the_reward_is_the_share_of_six():
+    conditions = CONDITIONS[[0, 5, 15, 16, 31]]
+    scored = reward_of([2.0, -2.0, 1.0, -1.0, 3.0, -3.0], conditions)
+    says = [1, 0, 1, 0, 1, 0]
+    for i, condition in enumerate(conditions.tolist()):
+        hits = [c == s for c, s in zip(condition, says, strict=True)]
+        assert scored.value[i].item() == pytest.approx(sum(hits) / 6)
+        assert [scored.parts[a][i].item() for a in ATTRIBUTES] == hits
+
+
+def test_every_value_is_a_multiple_of_a_sixth():
+    logits = torch.randn(4096, 6, generator=torch.Generator().manual_seed(0))
+    match = attribute_match(logits, CONDITIONS[torch.arange(4096) % 32]).float().mean(dim=1)
+    assert torch.equal((match * 6).round() / 6, match)
+    assert sorted(set((match * 6).round().int().tolist())) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_an_artifact_free_image_of_the_right_disease_earns_two_thirds():
+    melanoma, nevus = [-9.0] * 4 + [9.0, -9.0], [-9.0] * 4 + [-9.0, 9.0]
+    earned = torch.cat(
+        [reward_of(melanoma, CONDITIONS[:16]).value, reward_of(nevus, CONDITIONS[16:]).value]
+    )
+    assert earned.mean().item() == pytest.approx(2 / 3)
+
+
+def test_a_logit_of_zero_is_no_attribute():
+    assert attribute_match(torch.zeros(1, 6), torch.zeros(1, 6)).all()
+    assert not attribute_match(torch.zeros(1, 6), torch.ones(1, 6)).any()
+
+
+def test_the_network_reads_in_float32_and_stays_out_of_checkpoints(tiny_classifiers):
+    reward = AttributeMatch(tiny_classifiers["reward"])
+    assert list(reward.parameters()) == []
+    reward.load()
+    reward.train()
+    assert reward.state_dict() == {}
+    assert not any(p.requires_grad for p in reward.parameters())
+    assert not any(module.training for module in reward.network.modules())
+    images = torch.rand(32, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    plain = reward.network.module(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = reward(images.bfloat16().float(), CONDITIONS)
+        assert torch.equal(reward.network(images), plain)
+    assert half.value.dtype == torch.float32
+
+
+def test_the_judge_is_refused_as_reward_network(tiny_classifiers):
+    with pytest.raises(UserError, match="other heads than needed") as error:
+        AttributeMatch(tiny_classifiers["judge"]).load()
+    assert ", ".join(ARTIFACTS) in str(error.value)
+
+
+def test_the_reward_network_is_needed():
+    (need,) = AttributeMatch("runs/x.ckpt").needs()
+    assert need.path == "runs/x.ckpt"
+    assert need.command == "python run.py fit --config classifier.yaml"
+
+
+def test_brightness():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.25)])
+    assert Brightness()(images, CONDITIONS[:3]).value.tolist() == [0, 1, 0.25]
+    assert Brightness().needs() == []

@@ -1,0 +1,72 @@
+"""DDPO at a size that trains in a second, with a look at what it did."""
+
+import torch
+
+from datamodules.attributes import PROMPTS
+from datamodules.prompts import ISICPromptDataModule
+from lightning_modules import DDPO, AttributeMatch
+
+
+class RecordedDDPO(DDPO):
+    """DDPO that keeps its rollouts and advantages, and the weights and gradients of each step."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.rollouts, self.orders, self.given, self.steps_taken = [], [], [], []
+
+    def rollout(self, batch, order):
+        self.orders.append(order)
+        self.rollouts.append(super().rollout(batch, order))
+        return self.rollouts[-1]
+
+    def advantages(self, *args):
+        self.given.append(super().advantages(*args))
+        return self.given[-1]
+
+    def on_before_optimizer_step(self, optimizer):
+        weights = [p.detach().clone() for p in self.trained_parameters()]
+        gradients = [p.grad.clone() for p in self.trained_parameters()]
+        self.steps_taken.append((weights, gradients))
+
+
+def tiny_ddpo(pipeline, classifiers, kind=RecordedDDPO, **options):
+    defaults = {
+        "pipeline": pipeline,
+        "judge": classifiers["judge"],
+        "reward": AttributeMatch(classifiers["reward"]),
+        "steps": 4,
+        "guidance": 3.0,
+        "clip_range": 1e-2,
+        "sample_batch": 8,
+        "micro_batch": 8,
+        # every group's ties are broken by its odd samples, so that many pairs train
+        "std_floor": 0.01,
+    }
+    return kind(**(defaults | options))
+
+
+def prompts(samples=16, number=4, **options):
+    """A few prompts, as different as they come."""
+    chosen = [PROMPTS[i * 31 // (number - 1)] for i in range(number)]
+    defaults = {
+        "prompts": chosen,
+        "samples_per_epoch": samples,
+        "validation_samples_per_prompt": 0,
+        "test_samples_per_prompt": 2,
+    }
+    return ISICPromptDataModule(**(defaults | options))
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def distance(one, other):
+    """Largest difference between two states, relative to the largest weight."""
+    assert one.keys() == other.keys()
+    size = max(tensor.abs().max() for tensor in one.values())
+    return max((one[k] - other[k]).abs().max() for k in one).item() / size.item()
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
