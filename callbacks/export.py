@@ -13,18 +13,18 @@ class Export(Callback):
     """Writes the module's `export(folder)` at the end of `fit`.
 
     Args:
-        dirpath: Folder to write.
+        dirpath: Folder to write; null writes nothing.
         weights: `last`, or `best` by the first ModelCheckpoint that monitors a metric. A policy can
             fall far below its best past the plateau.
     """
 
-    def __init__(self, dirpath: str, weights: Literal["best", "last"] = "best") -> None:
-        self.dirpath = Path(dirpath)
+    def __init__(self, dirpath: str | None, weights: Literal["best", "last"] = "best") -> None:
+        self.dirpath = Path(dirpath) if dirpath else None
         self.weights = weights
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the folder on rank 0."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.dirpath:
             return
         if self.weights == "best":
             self._load_best(trainer, pl_module)
