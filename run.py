@@ -92,7 +92,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer; `fit` resumes by itself, and `describe` is a command too."""
+    """Lightning's trainer; `fit` and `predict` resume by themselves, `describe` is a command."""
 
     def fit(
         self,
@@ -113,6 +113,29 @@ class Trainer(L.Trainer):
                 starts anew.
         """
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        return_predictions: bool | None = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Draw samples; a SampleFolder callback keeps them.
+
+        Args:
+            model: The model to draw from.
+            dataloaders: Not used: the data module has them.
+            datamodule: The prompts to draw for.
+            return_predictions: Keep all of them in memory, as a notebook may want.
+            ckpt_path: Not needed: the model's own arguments name its weights.
+            weights_only: Load ckpt_path without running code from it.
+        """
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
 
     def describe(
         self,

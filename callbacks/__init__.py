@@ -3,6 +3,7 @@
 from callbacks.export import Export
 from callbacks.progress import InnerProgressBar
 from callbacks.reward_plateau import RewardPlateau
+from callbacks.sample_folder import SampleFolder
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["Export", "InnerProgressBar", "RewardPlateau", "SampleGrid"]
+__all__ = ["Export", "InnerProgressBar", "RewardPlateau", "SampleFolder", "SampleGrid"]

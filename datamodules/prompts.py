@@ -69,8 +69,10 @@ class ISICPromptDataModule(ISICDataModule):
             number of prompts, unless they are drawn from the training split. Paper: 256.
         validation_samples_per_prompt: Images sampled for each prompt in a validation; 0 for none.
         test_samples_per_prompt: The same for testing and predicting. Paper: 960.
-        eval_batch_size: Most prompts in a batch of validation, test or prediction, for all
-            processes together; bounds the memory.
+        eval_batch_size: Most prompts in a batch of validation or test, for all processes together;
+            bounds the memory.
+        predict_batch_size: Images that predicting draws and writes at a time, on one process; a
+            multiple of the model's sample_batch, or that.
         **kwargs: How to read the real images, see `ISICDataModule`.
     """
 
@@ -82,6 +84,7 @@ class ISICPromptDataModule(ISICDataModule):
         validation_samples_per_prompt: int = 4,
         test_samples_per_prompt: int = 960,
         eval_batch_size: int = 256,
+        predict_batch_size: int = 8,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
@@ -94,6 +97,7 @@ class ISICPromptDataModule(ISICDataModule):
             "validation_samples_per_prompt": (validation_samples_per_prompt, 0),
             "test_samples_per_prompt": (test_samples_per_prompt, 1),
             "eval_batch_size": (eval_batch_size, 1),
+            "predict_batch_size": (predict_batch_size, 1),
         }
         for name, (given, minimum) in least.items():
             if given < minimum:
@@ -104,6 +108,7 @@ class ISICPromptDataModule(ISICDataModule):
         self.validation_samples_per_prompt = validation_samples_per_prompt
         self.test_samples_per_prompt = test_samples_per_prompt
         self.eval_batch_size = eval_batch_size
+        self.predict_batch_size = predict_batch_size
 
     def setup(self, stage: str) -> None:
         """Read the tables, if the prompts are drawn from them."""
@@ -120,15 +125,15 @@ class ISICPromptDataModule(ISICDataModule):
     def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
         """Yield each prompt `validation_samples_per_prompt` times; no loader at all for 0."""
         n = self.validation_samples_per_prompt
-        return self._eval_loader(n) if n else []
+        return self._eval_loader(n, self.eval_batch_size) if n else []
 
     def test_dataloader(self) -> PromptLoader:
         """Yield each prompt `test_samples_per_prompt` times."""
-        return self._eval_loader(self.test_samples_per_prompt)
+        return self._eval_loader(self.test_samples_per_prompt, self.eval_batch_size)
 
     def predict_dataloader(self) -> PromptLoader:
-        """Yield each prompt `test_samples_per_prompt` times."""
-        return self._eval_loader(self.test_samples_per_prompt)
+        """Yield the same prompts as for testing, in the batches that are drawn at a time."""
+        return self._eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
 
     def _draw(self) -> Tensor:
         if not self.draws_from_train:
@@ -141,9 +146,9 @@ class ISICPromptDataModule(ISICDataModule):
         """Return n rows, each prompt in turn, so that a greater n leaves the first ones as is."""
         return self.rows[torch.arange(n) % len(self.rows)]
 
-    def _eval_loader(self, samples_per_prompt: int) -> PromptLoader:
+    def _eval_loader(self, samples_per_prompt: int, chunk_size: int) -> PromptLoader:
         n = samples_per_prompt * len(self.rows)
-        return PromptLoader(lambda: self._balanced(n), n, self.eval_batch_size)
+        return PromptLoader(lambda: self._balanced(n), n, chunk_size)
 
 
 def _rows_of(prompts: Sequence[str]) -> Tensor:

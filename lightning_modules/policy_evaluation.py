@@ -1,5 +1,6 @@
 """How a policy is scored: images of fixed prompts and noise, read by judge and reward network."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from datamodules.attributes import ARTIFACTS, PROMPTS, prompt_id
 from lightning_modules.classifier import load_classifier
 from lightning_modules.frozen import Frozen
 from lightning_modules.randomness import keys
+from lightning_modules.samples import Samples, draw_anew, filled_rows, to_eight_bits
 from metrics.apr import ArtifactPrevalenceRate
 from metrics.results import alignment_results, write_results
 
@@ -19,8 +21,11 @@ class PolicyEvaluation(L.LightningModule):
     """Validation and test of a generating module that has a `reward` and a `judge` to load.
 
     The images' noise depends on (seed, purpose, sample index): validation draws the same noise
-    every time and test another, the same for every policy, so that scores are paired.
+    every time and test another, the same for every policy, so that scores are paired. Prediction
+    draws the images that test scores.
     """
+
+    is_drawn: Callable[[str, int], bool] = staticmethod(draw_anew)
 
     def load_scorers(self) -> None:
         """Load the reward's networks and the judge."""
@@ -30,17 +35,21 @@ class PolicyEvaluation(L.LightningModule):
         self.mean_reward = MeanMetric()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count one batch of prompts, always with the same noise."""
         self.score(batch, "validation")
 
     def on_validation_epoch_end(self) -> None:
+        """Log the scores over all prompts and processes."""
         self.log("val/apr", self.apr.compute().rate, prog_bar=True)
         self.log("val/reward", self.mean_reward.compute())
         self.reset_scores()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count one batch of prompts, with noise that validation never sees."""
         self.score(batch, "test")
 
     def on_test_epoch_end(self) -> None:
+        """Log the scores and write them, prompt by prompt, to `results/metrics.json`."""
         results = alignment_results(self.apr.compute(), self.mean_reward.compute().item())
         self.log("test/apr", results["apr"])
         self.log("test/reward", results["reward"])
@@ -59,7 +68,43 @@ class PolicyEvaluation(L.LightningModule):
         self.mean_reward.update(self.reward(images, conditions).value)
         return images
 
+    @torch.no_grad()
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples | None:
+        """Draw a batch of prompts that is this rank's, as far as its samples are not there yet.
+
+        A batch is drawn by one rank and whole, even if a single sample is missing, so that no image
+        depends on the number of ranks or on what was there.
+        """
+        if batch_idx % self.trainer.world_size != self.global_rank:
+            return None
+        asked = zip(batch["prompt"], batch["index"].tolist(), strict=True)
+        missing = [row for row, (text, index) in enumerate(asked) if not self.is_drawn(text, index)]
+        if not missing:
+            return None
+        rows = filled_rows(len(batch["prompt"]), self.hparams.sample_batch)
+        prompts = [batch["prompt"][row] for row in rows]
+        return self.samples(prompts, batch["condition"][rows], batch["index"][rows]).select(missing)
+
+    def samples(self, prompts: list[str], conditions: Tensor, index: Tensor) -> Samples:
+        """Draw and score images for B prompts, conditions `(B, 6)` and sample indices `(B,)`."""
+        noise_keys = keys(self.hparams.seed, "test", 0, index)
+        images = to_eight_bits(self.generate(prompts, noise_keys))
+        shown, conditions = images.float() / 255, conditions.to(self.device)
+        size, reader = self.hparams.sample_batch, getattr(self.reward, "network", None)
+        passes = list(zip(shown.split(size), conditions.split(size), strict=True))
+        return Samples(
+            prompts=prompts,
+            conditions=conditions,
+            index=index,
+            noise_keys=noise_keys,
+            images=images,
+            reward=torch.cat([self.reward(x, c).value for x, c in passes]),
+            reward_logits=torch.cat([reader(x) for x, _ in passes]) if reader else None,
+            judge_logits=torch.cat([self.judge(x) for x, _ in passes]),
+        )
+
     def reset_scores(self) -> None:
+        """Start counting anew."""
         self.apr.reset()
         self.mean_reward.reset()
 

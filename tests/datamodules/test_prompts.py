@@ -92,7 +92,10 @@ def test_every_process_gets_all_prompts(folder, tmp_path):
 @pytest.mark.parametrize("stage", ["val", "test", "predict"])
 def test_evaluation_comes_in_chunks_over_all_prompts(tmp_path, stage):
     data = ISICPromptDataModule(
-        validation_samples_per_prompt=3, test_samples_per_prompt=3, eval_batch_size=40
+        validation_samples_per_prompt=3,
+        test_samples_per_prompt=3,
+        eval_batch_size=7 if stage == "predict" else 40,
+        predict_batch_size=40 if stage == "predict" else 7,
     )
     listener = Listener()
     run = {"val": "validate"}.get(stage, stage)

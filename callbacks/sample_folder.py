@@ -1,0 +1,159 @@
+"""Keep what `predict` draws as a folder that reads like ISIC 2019."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from callbacks.sample_png import is_whole, read_row, rows_of, sample_id, write_sample
+from datamodules.errors import UserError
+from datamodules.images import INPUT
+from datamodules.sample_tables import write_tables, write_whole
+from datamodules.tables import name_few
+from lightning_modules.samples import Samples
+
+SETTINGS = "settings.json"
+DECIDING = ("seed", "steps", "eta", "guidance", "sample_batch")
+"""Hyperparameters that decide what an image looks like, to the last bit."""
+
+
+class SampleFolder(Callback):
+    """Writes what `predict` draws to a folder in the layout of ISIC 2019, with its tables.
+
+    The label of an image is what its prompt asked for; `manifest.csv` has the prompts, the noise
+    and the networks' readings as well. Each image appears whole or not at all. Killed and started
+    again, on any number of processes, `predict` draws what is missing, and the folder becomes the
+    same, byte for byte, as one drawn in one go.
+
+    Args:
+        dirpath: Folder to write. Samples of another policy, seed or sampler are not mixed with
+            those it holds: it is refused.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.root = Path(dirpath)
+        self.images = self.root / INPUT
+        self.asked: list[str] = []
+        self.drawn = 0
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the folder's settings with these, and tell the module what is there."""
+        # a batch of another process, or one drawn before, gives None
+        warnings.filterwarnings("ignore", "predict returned None")
+        self.asked, self.drawn = [], 0
+        settings = settings_of(trainer, pl_module)
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero:
+                self._claim(settings)
+        except OSError as error:
+            raise UserError(f"cannot write samples to {self.root}: {error}") from error
+        trainer.strategy.barrier("SampleFolder")
+        self._require(settings)
+        pl_module.is_drawn = lambda prompt, index: is_whole(self._path(sample_id(prompt, index)))
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Samples | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write this process's samples, and note all that were asked for."""
+        self.asked += map(sample_id, batch["prompt"], batch["index"].tolist())
+        if outputs is None:
+            return
+        rows = rows_of(outputs, pl_module.hparams.seed)
+        for image, row in zip(outputs.images.cpu(), rows, strict=True):
+            write_sample(self.images, image, row)
+        self.drawn += len(rows)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the tables on rank 0, once all processes are done."""
+        del pl_module.is_drawn
+        drawn = torch.tensor(self.drawn, device=trainer.strategy.root_device)
+        drawn = trainer.strategy.reduce(drawn, reduce_op="sum")
+        if not trainer.is_global_zero:
+            return
+        rows = {name: read_row(self._path(name)) for name in self.asked}
+        lost = [name for name, row in rows.items() if row is None]
+        if lost:
+            raise UserError(
+                f"{len(lost):,} of {len(rows):,} samples in {self.images} have vanished while the "
+                f"others were drawn: {name_few(lost)}.\n  The same command draws them again."
+            )
+        write_tables(self.root, list(rows.values()))
+        rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
+
+    def _path(self, name: str) -> Path:
+        return self.images / f"{name}.png"
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        """Write the settings into a folder that is new."""
+        path = self.root / SETTINGS
+        if not path.exists() and not any(self.images.iterdir()):
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+    def _require(self, settings: dict[str, Any]) -> None:
+        """Refuse a folder whose samples were drawn with other settings."""
+        what_to_do = (
+            "  Images of both would mix. Draw into another folder (SampleFolder's dirpath; or\n"
+            "  --trainer.default_root_dir, under which it lies), or move this one away."
+        )
+        try:
+            there = json.loads((self.root / SETTINGS).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.root} holds images, but its {SETTINGS} cannot be read ({error}), so "
+                f"nobody knows how they were drawn.\n{what_to_do}"
+            ) from error
+        differing = [
+            f"    {name}: {there.get(name)} there, {settings.get(name)} now"
+            for name in dict.fromkeys([*settings, *there])
+            if there.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.root} holds samples that were drawn with other settings:\n"
+                + "\n".join(differing)
+                + f"\n{what_to_do}"
+            )
+
+
+def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    """Return what decides the images and their scores: the sampler, and each network's digest."""
+    return {
+        **{name: module.hparams[name] for name in DECIDING},
+        "precision": str(trainer.precision),
+        "device": module.device.type,
+        "reward": type(module.reward).__name__,
+        **{
+            f"digest of {name}": digest(child)
+            for name, child in module.named_children()
+            if any(True for _ in _tensors(child))
+        },
+    }
+
+
+def digest(module: nn.Module) -> str:
+    """Hash a network's parameters and buffers, by name."""
+    hashed = blake2b(digest_size=8)
+    for name, tensor in _tensors(module):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())

@@ -1,0 +1,51 @@
+"""The tables beside drawn samples: ISIC's own three, and a manifest with all that is known."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from datamodules.annotations import GROUND_TRUTH, METADATA
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from datamodules.dermoscopy import CLASSES
+
+MANIFEST = "manifest.csv"
+ARTIFACT_FILE = "isic_bias.csv"
+UNKNOWN = ("age_approx", "anatom_site_general", "lesion_id", "sex")
+
+Row = dict[str, Any]
+
+
+def write_tables(root: Path, rows: Sequence[Row]) -> None:
+    """Write the tables of some samples, so that `ISICDataModule` reads the folder.
+
+    The label of a sample is what its prompt asked for. The ground truth comes last: a folder that
+    has one is complete.
+
+    Args:
+        root: The ISIC folder.
+        rows: One for each sample: `id`, the six attributes (0, 1), and what else the manifest
+            is to hold.
+    """
+    table = pd.DataFrame(rows)
+    images = table[["id"]].rename(columns={"id": "image"})
+    write_whole(root / MANIFEST, table.to_csv(index=False, lineterminator="\n"))
+    artifacts = images.assign(image=images["image"] + ".png", **table[list(ARTIFACTS)])
+    write_whole(root / ARTIFACT_FILE, artifacts.to_csv(sep=";", index=False, lineterminator="\n"))
+    metadata = images.assign(**dict.fromkeys(UNKNOWN, ""))
+    write_whole(root / METADATA, metadata.to_csv(index=False, lineterminator="\r\n"))
+    diseases = {c: table[c].astype(float) if c in ATTRIBUTES else 0.0 for c in CLASSES}
+    truth = images.assign(**diseases).to_csv(index=False, lineterminator="\r\n")
+    write_whole(root / GROUND_TRUTH, truth)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it appears whole or not at all, also when the machine fails."""
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
