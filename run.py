@@ -64,7 +64,7 @@ def _misspelt(message: str) -> str | None:
         classes = (
             *lightning_modules.__all__,
             *datamodules.__all__,
-            *getattr(callbacks, "__all__", ()),
+            *callbacks.__all__,
         )
         return _unknown("class", found[1], set(classes))
     if found := re.search(r"(?:accept option '|unrecognized arguments: --)([\w.]+)", message):
@@ -168,6 +168,12 @@ class CommandLine(LightningCLI):
                 action.__class__ = ConfigFile
         return parser
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Show a progress bar that moves inside a step, unless bars are switched off."""
+        if self._get(self.config_init, "trainer").enable_progress_bar is not False:
+            self.trainer_defaults = {"callbacks": [callbacks.InnerProgressBar()]}
+        return super().instantiate_trainer(**kwargs)
+
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""
 
@@ -192,9 +198,15 @@ def main(args: ArgsType = None) -> CommandLine:
     )
 
 
+def user_message(error: UserError) -> str:
+    """Cut off the traceback that torch puts before the message of a DataLoader's worker."""
+    raised = f"{UserError.__module__}.{UserError.__name__}: "
+    return str(error).rpartition(raised)[2].strip()
+
+
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {user_message(error)}", file=sys.stderr)
         sys.exit(2)

@@ -51,6 +51,14 @@ class StableDiffusion(TextToImage):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.latent_cache: dict[str, Tensor] = {}
 
+    def setup(self, stage: str) -> None:
+        """Refuse to cache what changes from epoch to epoch."""
+        if self.hparams.cache_latents and getattr(self.trainer.datamodule, "augment", False):
+            raise UserError(
+                "cache_latents keeps the first epoch's images, so augmented ones would repeat for "
+                "ever: set data.init_args.augment: false, or model.init_args.cache_latents: false"
+            )
+
     def prepare_unet(self, unet: nn.Module) -> None:
         """Train all of the U-Net."""
         unet.requires_grad_(True)
@@ -62,15 +70,6 @@ class StableDiffusion(TextToImage):
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def on_fit_start(self) -> None:
-        """Refuse to cache what changes from epoch to epoch."""
-        data = getattr(self.trainer.datamodule, "hparams", {})
-        if self.hparams.cache_latents and data.get("augment"):
-            raise UserError(
-                "cache_latents keeps the first epoch's images, so augmented ones would repeat for "
-                "ever: set data.init_args.augment: false, or model.init_args.cache_latents: false"
-            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch, some of its captions dropped."""

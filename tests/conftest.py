@@ -1,10 +1,9 @@
-import logging
 import os
 import warnings
 
-import lightning as L
 import pytest
 import torch
+from tiny import quiet_trainer
 from torch.utils.data import DataLoader
 
 from assets.build import build_pipeline
@@ -61,19 +60,3 @@ def fitted(path, backbone, attributes, seed):
         trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
     trainer.save_checkpoint(path)
     return str(path)
-
-
-def quiet_trainer(folder, **options):
-    """A trainer on the CPU that shows and writes nothing."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(**(defaults | options))

@@ -4,9 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_ddpo import RecordedDDPO, distance, flat, prompts, state_of, tiny_ddpo
+from tiny import RecordedDDPO, distance, flat, prompts, quiet_trainer, state_of, tiny_ddpo
 from torch.distributions import Normal
 
 from datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id

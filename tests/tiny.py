@@ -1,5 +1,8 @@
-"""DDPO at a size that trains in a second, with a look at what it did."""
+"""What trains in a second: a quiet trainer, and a DDPO that lets one look at what it did."""
 
+import logging
+
+import lightning as L
 import torch
 
 from datamodules.attributes import PROMPTS
@@ -70,3 +73,19 @@ def distance(one, other):
 
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
+
+
+def quiet_trainer(folder, **options):
+    """A trainer on the CPU that shows and writes nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**(defaults | options))
