@@ -34,6 +34,9 @@ class SampleFolder(Callback):
     again, on any number of processes, `predict` draws what is missing, and the folder becomes the
     same, byte for byte, as one drawn in one go.
 
+    Sums round by the number of threads. So on a CPU each process computes on one thread: give
+    `--trainer.devices` as many processes as there are cores.
+
     Args:
         dirpath: Folder to write. Samples of another policy, seed or sampler are not mixed with
             those it holds: it is refused.
@@ -44,6 +47,7 @@ class SampleFolder(Callback):
         self.images = self.root / INPUT
         self.asked: list[str] = []
         self.drawn = 0
+        self.threads = torch.get_num_threads()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the folder's settings with these, and tell the module what is there."""
@@ -59,6 +63,9 @@ class SampleFolder(Callback):
             raise UserError(f"cannot write samples to {self.root}: {error}") from error
         trainer.strategy.barrier("SampleFolder")
         self._require(settings)
+        self.threads = torch.get_num_threads()
+        if pl_module.device.type == "cpu":
+            torch.set_num_threads(1)
         pl_module.is_drawn = lambda prompt, index: is_whole(self._path(sample_id(prompt, index)))
 
     def on_predict_batch_end(
@@ -81,6 +88,7 @@ class SampleFolder(Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the tables on rank 0, once all processes are done."""
+        torch.set_num_threads(self.threads)
         del pl_module.is_drawn
         drawn = torch.tensor(self.drawn, device=trainer.strategy.root_device)
         drawn = trainer.strategy.reduce(drawn, reduce_op="sum")
@@ -95,6 +103,12 @@ class SampleFolder(Callback):
             )
         write_tables(self.root, list(rows.values()))
         rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the threads back."""
+        torch.set_num_threads(self.threads)
 
     def _path(self, name: str) -> Path:
         return self.images / f"{name}.png"

@@ -71,7 +71,8 @@ def read_row(path: Path) -> Row | None:
     """Return the row that a sample carries, or None if there is no such sample."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            row = json.loads(image.text[KEY])
+            # not image.text, which decodes the pixels first
+            row = json.loads(image.info[KEY])
             return row if row["id"] == path.stem else None
     except (*_DAMAGED, TypeError):
         return None

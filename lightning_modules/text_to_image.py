@@ -47,16 +47,19 @@ class TextToImage(L.LightningModule):
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
-        """Encode prompts, `(B, L, D)`; each distinct one is encoded once a run."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
-        if new:
+        """Encode prompts, `(B, L, D)`; each distinct one is encoded once a run, and alone.
+
+        In a batch the last bits would depend on its size, hence on the number of processes.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._embeddings:
+                continue
             ids = self.tokenizer(
-                new, padding="max_length", truncation=True, return_tensors="pt",
+                [prompt], padding="max_length", truncation=True, return_tensors="pt",
                 max_length=self.tokenizer.model_max_length,
             ).input_ids  # fmt: skip
             with torch.autocast(self.device.type, enabled=False):
-                encoded = self.text_encoder(ids.to(self.device))[0]
-            self._embeddings.update(zip(new, encoded, strict=True))
+                self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
         return torch.stack([self._embeddings[p] for p in prompts])
 
     def guided_noise(self, latents: Tensor, step: Tensor, text: Tensor, empty: Tensor) -> Tensor:

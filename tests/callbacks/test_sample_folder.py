@@ -21,12 +21,13 @@ from sample_runs import (
     wait_for_images,
 )
 
-from callbacks.sample_folder import SETTINGS
+from callbacks.sample_folder import SETTINGS, SampleFolder
 from callbacks.sample_png import sample_id
 from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, PROMPTS, condition_of
 from datamodules.errors import UserError
 from datamodules.images import INPUT
 from datamodules.isic import ISICDataModule
+from datamodules.prompts import ISICPromptDataModule
 from datamodules.sample_tables import MANIFEST
 from lightning_modules import Brightness
 from lightning_modules.classifier import load_classifier
@@ -275,3 +276,18 @@ def test_the_command_keeps_no_prediction_in_memory(networks, tmp_path):
     cli = main(command(tmp_path, networks, "--data.prompts", f"[{PROMPTS[0]}]"))
     assert cli.trainer.predict_loop.predictions == []
     assert len(times(tmp_path / "samples")) == 2
+
+
+def test_a_cpu_computes_on_one_thread_and_gets_the_others_back(networks, tmp_path):
+    before, used = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        module = module_of(networks, steps=1)
+        module.report_progress = lambda *_: used.append(torch.get_num_threads())
+        data = ISICPromptDataModule(test_samples_per_prompt=1)
+        folder = SampleFolder(str(tmp_path / "samples"))
+        quiet_trainer(tmp_path, folder).predict(module, data, return_predictions=False)
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
