@@ -1,8 +1,8 @@
 """Put the trained parts of the base together, in half precision.
 
-    python -m assets.assemble --unet runs/base/unet/pipeline
-        --autoencoder runs/base/autoencoder/pipeline
-        --images runs/base/isic/ISIC_2019_Training_Input --folder assets/base
+python -m assets.assemble --unet runs/base/unet/pipeline
+    --autoencoder runs/base/autoencoder/pipeline
+    --images runs/base/isic/ISIC_2019_Training_Input --folder assets/base
 """
 
 from pathlib import Path

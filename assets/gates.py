@@ -21,7 +21,7 @@ from lightning_modules.classifier import load_classifier
 from lightning_modules.pipelines import load_pipeline
 from lightning_modules.reconstruction import signal_to_noise
 
-BATCH = 32
+BATCH, SAMPLES = 32, 128
 
 
 @torch.no_grad()
@@ -90,16 +90,18 @@ def sample(
     seed: int,
 ) -> Tensor:
     """Draw samples of each of the 32 prompts, `(32 repeats, 3, S, S)` in [0, 1]."""
+    texts = [prompt for prompt in PROMPTS for _ in range(repeats)]
+    generator = torch.Generator().manual_seed(seed)
     batches = [
         pipeline(
-            prompt=[prompt] * repeats,
+            prompt=texts[first : first + SAMPLES],
             num_inference_steps=steps,
             eta=eta,
             guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed + number),
+            generator=generator,
             output_type="pt",
         ).images
-        for number, prompt in enumerate(PROMPTS)
+        for first in range(0, len(texts), SAMPLES)
     ]
     return torch.cat(batches)
 
