@@ -9,7 +9,10 @@ export OMP_WAIT_POLICY = PASSIVE
 export MALLOC_TRIM_THRESHOLD_ = 2147483648
 export MALLOC_MMAP_THRESHOLD_ = 33554432
 
-.PHONY: help demo test lint
+PY = .venv/bin/python
+BASE = runs/base
+
+.PHONY: help demo test lint base
 help:               ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -19,10 +22,20 @@ help:               ## list the targets
 	touch $@
 
 demo: .venv/installed   ## every stage at a small size, in minutes on a laptop
-	.venv/bin/python demo.py --seed $(SEED) --run $(RUN)
+	$(PY) demo.py --seed $(SEED) --run $(RUN)
+
+base: .venv/installed   ## make the embedded base again (an hour or two) and measure its gates
+	test -d $(BASE)/isic || $(PY) -m datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2
+	test -d $(BASE)/start || $(PY) -m assets.build --folder $(BASE)/start --images $(BASE)/isic/ISIC_2019_Training_Input
+	$(PY) run.py fit --config base/perceptual.yaml
+	$(PY) run.py fit --config base/autoencoder.yaml
+	$(PY) run.py fit --config base/unet.yaml
+	$(PY) -m assets.assemble --unet $(BASE)/unet/pipeline --autoencoder $(BASE)/autoencoder/pipeline --images $(BASE)/isic/ISIC_2019_Training_Input --folder assets/base
+	$(PY) run.py fit --config base/reader.yaml
+	$(PY) -m assets.gates --pipeline assets/base --reader $(BASE)/reader/checkpoints/last.ckpt
 
 test: .venv/installed   ## the test suite
-	.venv/bin/python -m pytest
+	$(PY) -m pytest
 
 lint: .venv/installed   ## ruff, rules and format
 	.venv/bin/ruff check .

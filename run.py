@@ -25,6 +25,19 @@ from datamodules.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
 
+EXPECTED = (
+    # a run folder without a checkpoint is where a run starts
+    'ckpt_path="last"\\) is set, but there is no last checkpoint available',
+    # frozen networks are in eval mode throughout
+    "Found .* in eval mode at the start of training",
+    # prompts are a few bytes, and small images are read in the process that trains
+    "does not have many workers",
+    # of Lightning's own making, for Lightning to change
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+for message in EXPECTED:
+    warnings.filterwarnings("ignore", f".*{message}")
+
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 

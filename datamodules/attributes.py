@@ -62,7 +62,7 @@ def _all_conditions() -> Tensor:
 
 
 CONDITIONS = _all_conditions()
-"""The 32 conditions, `(32, 6)` float32: MEL, then NV; within a disease the fewest artifacts first."""
+"""The 32 conditions, `(32, 6)` float32: MEL, then NV, each from the fewest artifacts on."""
 
 PROMPTS = tuple(prompt_of(c) for c in CONDITIONS)
 """The 32 prompts, in the order of `CONDITIONS`."""

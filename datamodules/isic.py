@@ -1,5 +1,6 @@
 """The ISIC 2019 melanomas and nevi with their artifacts, as batches of images and prompts."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,10 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
+        """Yield each image once; `__getitem__` alone, which takes any key, would never end."""
+        return (self[row] for row in range(len(self)))
 
     def __getitem__(self, key: int) -> dict[str, Tensor | str]:
         """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""

@@ -47,6 +47,13 @@ def module(folder, **kwargs):
     )
 
 
+def test_a_split_can_be_walked_through_once(folder):
+    data = module(folder)
+    data.setup("fit")
+    train = data.dataset("train", flip=True)
+    assert [item["id"] for item in train] == train.ids
+
+
 def trainer(tmp_path, **kwargs):
     return Trainer(
         accelerator="cpu",
