@@ -90,9 +90,11 @@ class RewardPlateau(EarlyStopping):
         """
         super().on_train_epoch_end(trainer, pl_module)
         recent = self.rewards[-self.window :]
-        pl_module.log(f"{self.monitor}_smoothed", math.fsum(recent) / max(1, len(recent)))
+        logged = {"smoothed": math.fsum(recent) / max(1, len(recent))}
         if len(self.rewards) >= 2 * self.window:
-            pl_module.log(f"{self.monitor}_change", windowed_change(self.rewards, self.window))
+            logged["change"] = windowed_change(self.rewards, self.window)
+        for name, value in logged.items():
+            pl_module.log(f"{self.monitor}_{name}", value, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values; the settings are not among them, so new ones hold after a resume."""
