@@ -33,6 +33,8 @@ def stages(run: Path, seed: int) -> list[Stage]:
     fit, test = ["run.py", "fit", "--config"], ["run.py", "test", "--config"]
     draw = ["-m", "datamodules.dermoscopy", "--images", "5000", "--seed"]
     balanced = ["--label_recall", "1", "--combinations", "balanced"]
+    # small operations gain more from a second process than from a second thread
+    twice = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     baseline = ["--model.policy", "null", "--trainer.default_root_dir", str(run / "sd")]
     return [
         ("data", [*draw, str(seed), "--root", str(run / "data")]),
@@ -40,9 +42,9 @@ def stages(run: Path, seed: int) -> list[Stage]:
         ("classifier", [*fit, "demo/classifier.yaml", *seeded]),
         ("judge", [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)]),
         ("sd", [*fit, "demo/sd.yaml", *seeded]),
-        ("ddpo", [*fit, "demo/ddpo.yaml", *seeded]),
-        ("score sd", [*test, "demo/ddpo.yaml", *seeded, *baseline]),
-        ("score sd_rl", [*test, "demo/ddpo.yaml", *seeded]),
+        ("ddpo", [*fit, "demo/ddpo.yaml", *seeded, *twice]),
+        ("score sd", [*test, "demo/ddpo.yaml", *seeded, *twice, *baseline]),
+        ("score sd_rl", [*test, "demo/ddpo.yaml", *seeded, *twice]),
     ]
 
 
