@@ -32,6 +32,8 @@ EXPECTED = (
     "Found .* in eval mode at the start of training",
     # prompts are a few bytes, and small images are read in the process that trains
     "does not have many workers",
+    # scores are gathered before they are logged: every rank logs the same
+    "recommended to use `self.log\\('(val|test)/(apr|reward)'",
     # of Lightning's own making, for Lightning to change
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
