@@ -58,7 +58,7 @@ class PolicyEvaluation(L.LightningModule):
             write_results(self.trainer.default_root_dir, results)
 
     @torch.no_grad()
-    def score(self, batch: dict[str, Any], purpose: str) -> Tensor:
+    def score(self, batch: dict[str, Any], purpose: str) -> None:
         """Draw this rank's share of a prompt batch and count what judge and reward make of it."""
         mine = slice(self.global_rank, None, self.trainer.world_size)
         prompts, conditions = batch["prompt"][mine], batch["condition"][mine].to(self.device)
@@ -66,7 +66,6 @@ class PolicyEvaluation(L.LightningModule):
         asked = torch.tensor([prompt_id(p) for p in prompts], device=self.device)
         self.apr.update(self.judge(images), conditions[:, : len(ARTIFACTS)], asked)
         self.mean_reward.update(self.reward(images, conditions).value)
-        return images
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples | None:
