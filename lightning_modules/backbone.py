@@ -1,16 +1,19 @@
 """Image classification networks of timm, with or without their pretrained weights."""
 
 from difflib import get_close_matches
+from pathlib import Path
 
 import timm
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from datamodules.errors import UserError
+from datamodules.tables import name_few
+from lightning_modules.hub import from_cache_or_hub
 
 WEIGHTS = "model.safetensors"
-TIMEOUT = 10.0
 
 
 def check_backbone(name: str) -> None:
@@ -24,34 +27,64 @@ def check_backbone(name: str) -> None:
         )
 
 
-def build_backbone(name: str, pretrained: bool, outputs: int, dropout: float) -> nn.Module:
+def build_backbone(name: str, pretrained: bool | str, outputs: int, dropout: float) -> nn.Module:
     """Build a network with `outputs` logits on its own pooled features.
 
+    Args:
+        name: timm's name of the architecture.
+        pretrained: True for timm's own weights, a `.safetensors` file of weights under timm's
+            names, or False for random ones.
+        outputs: Number of logits; this last layer is random in any case.
+        dropout: Share of the pooled features dropped in training.
+
     Raises:
-        UserError: if the pretrained weights are neither in the hub's cache nor to be had.
+        UserError: if the pretrained weights are not to be had, or are another architecture's.
     """
     options = {"num_classes": outputs, "drop_rate": dropout}
-    if pretrained:
-        options["pretrained_cfg_overlay"] = {"file": _pretrained_file(name)}
-    return timm.create_model(name, pretrained=pretrained, **options)
+    if not pretrained:
+        return timm.create_model(name, **options)
+    if isinstance(pretrained, str):
+        _check_file(name, Path(pretrained))
+    file = pretrained if isinstance(pretrained, str) else _pretrained_file(name)
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": file}, **options
+    )
+
+
+def _check_file(name: str, file: Path) -> None:
+    """Refuse what timm would load in part, the rest left random."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot read the pretrained weights {file}: {error}.\n"
+            "  Needed is a .safetensors file of weights under timm's names"
+        ) from error
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    last = network.pretrained_cfg["classifier"]
+    last = (last,) if isinstance(last, str) else tuple(last)
+    wrong = [
+        key
+        for key, tensor in network.state_dict().items()
+        if not key.startswith(last) and found.get(key) != list(tensor.shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"the weights in {file} are not those of the backbone {name!r}: {len(wrong)} tensors "
+            f"are missing or of another shape, such as {name_few(wrong)}"
+        )
 
 
 def _pretrained_file(name: str) -> str:
     repo = timm.models.get_pretrained_cfg(name).hf_hub_id
     if not repo:
         raise UserError(f"timm has no pretrained weights for {name!r}: set `pretrained: false`")
-    try:
-        return hf_hub_download(repo, WEIGHTS, local_files_only=True)
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        # a download repeats itself for most of a minute before it gives up, this asks once
-        HfApi().model_info(repo, timeout=TIMEOUT)
-        return hf_hub_download(repo, WEIGHTS)
-    except Exception as error:
-        raise UserError(
-            f"the pretrained weights of the backbone {name!r} are not on this machine and could "
-            f"not be fetched ({type(error).__name__}: {error}).\n"
-            f"  Fetch them where there is a network: hf download {repo} {WEIGHTS}\n"
-            "  and set HF_HOME to that cache here, or train from scratch: `pretrained: false`"
-        ) from error
+    return from_cache_or_hub(
+        lambda local: hf_hub_download(repo, WEIGHTS, local_files_only=local),
+        repo,
+        None,
+        f"hf download {repo} {WEIGHTS}",
+        "give a file of weights as `pretrained`, or train from scratch: `pretrained: false`",
+    )

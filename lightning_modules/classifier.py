@@ -28,7 +28,8 @@ class AttributeClassifier(L.LightningModule):
 
     Args:
         backbone: Name of a timm architecture, such as efficientnet_b0 (the paper's).
-        pretrained: Start from timm's ImageNet weights; fetched from the hub if not in its cache.
+        pretrained: Start from timm's ImageNet weights (true; fetched from the hub if not in its
+            cache), from a .safetensors file of weights under timm's names, or from none (false).
         attributes: What the heads read, in the order hair, gel_bubble, ruler, ink, MEL, NV. The
             reward network has all six, the judge the first four.
         image_size: Side in pixels to which images are resized before the network.
@@ -44,7 +45,7 @@ class AttributeClassifier(L.LightningModule):
     def __init__(
         self,
         backbone: str = "efficientnet_b0",
-        pretrained: bool = True,
+        pretrained: bool | str = True,
         attributes: tuple[str, ...] = ATTRIBUTES,
         image_size: int = 224,
         dropout: float = 0.3,
@@ -76,9 +77,8 @@ class AttributeClassifier(L.LightningModule):
         if self.network is not None:
             return
         fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
-        self.network = build_backbone(
-            self.backbone, self.pretrained and fitting, len(self.attributes), self.dropout
-        )
+        pretrained = self.pretrained if fitting else False
+        self.network = build_backbone(self.backbone, pretrained, len(self.attributes), self.dropout)
         config = resolve_model_data_config(self.network)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))

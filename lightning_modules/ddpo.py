@@ -36,7 +36,8 @@ class DDPO(Policy):
     `inner_epochs` rounds of `updates` optimizer steps each.
 
     Args:
-        pipeline: Folder or hub id of the fine-tuned pipeline to start from.
+        pipeline: The fine-tuned pipeline to start from: a folder, a .safetensors file or a hub id.
+        unet: Folder of a U-Net that replaces the pipeline's; null keeps it.
         policy: Folder of the trained policy: `fit` exports its best one there, `test` and
             `predict` read it. null scores the pipeline as it is (the paper's row "SD").
         judge: Checkpoint of the classifier that scores APR; never the reward's own weights.
@@ -65,6 +66,7 @@ class DDPO(Policy):
     def __init__(
         self,
         pipeline: str = "runs/sd/pipeline",
+        unet: str | None = None,
         policy: str | None = None,
         judge: str = "runs/judge/checkpoints/best.ckpt",
         reward: Reward = AttributeMatch(),  # noqa: B008 - loads nothing until asked to

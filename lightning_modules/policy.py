@@ -10,7 +10,7 @@ from torch import nn
 
 from datamodules.errors import UserError
 from lightning_modules.lora import add_lora, load_policy, save_lora
-from lightning_modules.pipelines import is_hub_id
+from lightning_modules.pipeline_source import is_hub_id
 from lightning_modules.policy_evaluation import PolicyEvaluation
 from lightning_modules.rollout import require_divisible
 from lightning_modules.stages import Need, require

@@ -16,7 +16,9 @@ class StableDiffusion(TextToImage):
     """Fine-tunes a pipeline's U-Net by noise prediction; the autoencoder and text encoder stay.
 
     Args:
-        pipeline: Folder or hub id of the pipeline to start from.
+        pipeline: The pipeline to start from: a folder in the diffusers layout, a .safetensors file,
+            or a hub id (owner/name, or owner/name@revision to pin a commit).
+        unet: Folder of a U-Net that replaces the pipeline's; null keeps it.
         optimizer: The paper's: AdamW, 1e-5, weight decay 1e-2.
         lr_scheduler: Stepped once per optimizer step; null keeps the rate constant.
         caption_dropout: Share of captions replaced by the empty prompt, so that classifier-free
@@ -34,6 +36,7 @@ class StableDiffusion(TextToImage):
     def __init__(
         self,
         pipeline: str,
+        unet: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = None,
         caption_dropout: float = 0.1,

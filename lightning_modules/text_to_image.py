@@ -21,7 +21,8 @@ def no_progress(phase: str, done: int, total: int) -> None:
 class TextToImage(L.LightningModule):
     """A Stable Diffusion pipeline taken apart: the U-Net is free to train, the rest is frozen.
 
-    Subclasses take `pipeline`, `steps`, `eta`, `guidance` and `sample_batch` as hyperparameters.
+    Subclasses take `pipeline`, `unet`, `steps`, `eta`, `guidance` and `sample_batch` as
+    hyperparameters.
     """
 
     report_progress: Callable[[str, int, int], None] = staticmethod(no_progress)
@@ -30,7 +31,7 @@ class TextToImage(L.LightningModule):
         """Load the pipeline and take it apart; done once."""
         if hasattr(self, "unet"):
             return
-        pipeline = load_pipeline(self.hparams.pipeline)
+        pipeline = load_pipeline(self.hparams.pipeline, self.hparams.unet)
         self.tokenizer = pipeline.tokenizer
         self.text_encoder = Frozen(pipeline.text_encoder)
         self.vae = Frozen(pipeline.vae)

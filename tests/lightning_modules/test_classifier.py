@@ -283,3 +283,24 @@ def test_wrong_heads_are_refused_with_both_lists(trained):
         load_classifier(trained[2], ARTIFACTS)
     assert ", ".join(ARTIFACTS) + "\n" in str(error.value)
     assert ", ".join(ATTRIBUTES) in str(error.value)
+
+
+def test_pretrained_weights_come_from_a_file(tmp_path):
+    weights = timm.create_model("test_efficientnet").state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    module = AttributeClassifier(**TINY | {"pretrained": str(tmp_path / "weights.safetensors")})
+    module.configure_model()
+    for name, tensor in module.network.state_dict().items():
+        if not name.startswith("classifier"):
+            assert torch.equal(tensor, weights[name]), name
+    del weights["conv_stem.weight"]
+    save_file(weights, tmp_path / "holes.safetensors")
+    (tmp_path / "text.safetensors").write_text("<html>")
+    for file, backbone, says in [
+        ("holes", "test_efficientnet", "1 tensors are missing.*conv_stem.weight"),
+        ("weights", "test_resnet", "not those of the backbone 'test_resnet'"),
+        ("text", "test_efficientnet", "cannot read the pretrained weights"),
+        ("gone", "test_efficientnet", "cannot read the pretrained weights"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            build_backbone(backbone, str(tmp_path / f"{file}.safetensors"), 6, 0.3)
