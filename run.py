@@ -17,17 +17,21 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks
 import datamodules
 import lightning_modules
 from datamodules.errors import UserError
+from fault_tolerance.checkpoint_io import DurableCheckpointIO
+from fault_tolerance.curves import Curves
+from fault_tolerance.resume import Resume
+from fault_tolerance.run_folder import Room, claim
+from fault_tolerance.settings import settings_of
 
 CONFIGS = Path(__file__).parent / "configs"
 
 EXPECTED = (
-    # a run folder without a checkpoint is where a run starts
-    'ckpt_path="last"\\) is set, but there is no last checkpoint available',
     # frozen networks are in eval mode throughout
     "Found .* in eval mode at the start of training",
     # prompts are a few bytes, and small images are read in the process that trains
@@ -124,9 +128,11 @@ class Trainer(L.Trainer):
             train_dataloaders: Not used: the data module has them.
             val_dataloaders: Not used: the data module has them.
             datamodule: The data to train on.
-            ckpt_path: `last` goes on from the run folder's last checkpoint if there is one; null
-                starts anew.
+            ckpt_path: `last` goes on from the run folder's newest whole checkpoint if there is
+                one; null starts anew.
         """
+        resume = next(c for c in self.callbacks if isinstance(c, Resume))
+        ckpt_path = resume.start_from(self, ckpt_path)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
     def predict(
@@ -183,11 +189,28 @@ class CommandLine(LightningCLI):
                 action.__class__ = ConfigFile
         return parser
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has and that have options of their own."""
+        parser.add_lightning_class_args(Resume, "resume")
+
+    def before_instantiate_classes(self) -> None:
+        """Claim the run folder while nothing is built yet."""
+        if self.subcommand != "describe" and rank_zero_only.rank == 0:
+            root = self._get(self.config, "trainer").default_root_dir or Path.cwd()
+            claim(Path(root), self.subcommand)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Show a progress bar that moves inside a step, unless bars are switched off."""
+        """Give every run what keeps its work, and a progress bar that moves inside a step."""
+        always: list[L.Callback] = [Room(), Curves()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
-            self.trainer_defaults = {"callbacks": [callbacks.InnerProgressBar()]}
-        return super().instantiate_trainer(**kwargs)
+            always.append(callbacks.InnerProgressBar())
+        self.trainer_defaults = {"callbacks": always}
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
+        resume = next(c for c in trainer.callbacks if isinstance(c, Resume))
+        resume.settings = settings_of(self.config[self.subcommand].as_dict())
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""

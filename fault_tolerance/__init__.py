@@ -1,0 +1,1 @@
+"""What keeps a run's work when processes are killed, disks fill up and machines go."""

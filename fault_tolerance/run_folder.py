@@ -1,0 +1,126 @@
+"""Claim a run's folder before any work: it can be written, has room, and nobody else is in it."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import IO
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from datamodules.errors import UserError
+from fault_tolerance.resume import checkpoint_folders
+
+PROBE = ".probe"
+LEAST_FREE = 50_000_000
+"""Bytes without which no run is worth starting."""
+_held: dict[Path, IO[str]] = {}
+
+
+def claim(folder: Path, command: str) -> None:
+    """Check that a run can write its folder, and keep others of the same command out of it.
+
+    The lock belongs to the process: the system releases it however the process ends.
+
+    Args:
+        folder: The run folder, made if need be.
+        command: Subcommand of the run; each has a lock of its own.
+
+    Raises:
+        UserError: naming the path, and who holds it.
+    """
+    _probe(folder)
+    _lock(folder / f".{command}.lock", folder)
+
+
+def _probe(folder: Path) -> None:
+    """Make the folder, and write, read and delete a file in it."""
+    probe = folder / PROBE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.read_text()
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the run folder {folder} cannot be written: {error}.\n"
+            "  Give one that can: --trainer.default_root_dir FOLDER, or mend its permissions"
+        ) from error
+    if free < LEAST_FREE:
+        raise UserError(
+            f"the disk of the run folder {folder} is full: {free:,} bytes are free, "
+            f"{LEAST_FREE:,} are the least to start with.\n"
+            "  Make room, or give a folder on another disk: --trainer.default_root_dir FOLDER"
+        )
+
+
+def _lock(path: Path, folder: Path) -> None:
+    held = _held.pop(path.resolve(), None)
+    if held is not None:
+        held.close()
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = _owner(file)
+        file.close()
+        raise UserError(
+            f"the run folder {folder} is in use by {owner}.\n"
+            "  Two runs would overwrite each other's checkpoints. Wait for that one, stop it, or "
+            "give another folder: --trainer.default_root_dir FOLDER"
+        ) from error
+    file.truncate(0)
+    json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+    file.flush()
+    _held[path.resolve()] = file
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        owner = json.load(file)
+        return f"process {owner['pid']} on host {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk could not keep.
+
+    Args:
+        folder: Of the checkpoints.
+        needed: Bytes that will be written besides what is there.
+    """
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {free:,} bytes free; the checkpoints of this run need about "
+            f"{needed:,}.\n  Make room, or give a folder on another disk: "
+            "--trainer.default_root_dir FOLDER"
+        )
+
+
+class Room(Callback):
+    """Checks, before the first step, that the checkpoints of a run can be written and will fit."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Probe the folders of the checkpoints, and compare the room with what will be written."""
+        if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.checkpoint_callbacks:
+            return
+        state = sum(t.numel() * t.element_size() for t in pl_module.state_dict().values())
+        moments = 2 * sum(p.numel() * p.element_size() for p in _optimized(trainer))
+        # the newest, the one before it, and one being written
+        files = 2 + len(trainer.checkpoint_callbacks)
+        for folder in checkpoint_folders(trainer):
+            _probe(folder)
+            there = sum(p.stat().st_size for p in folder.glob("*.ckpt") if not p.is_symlink())
+            require_room(folder, files * (state + moments) - there)
+
+
+def _optimized(trainer: L.Trainer) -> list[nn.Parameter]:
+    return [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]

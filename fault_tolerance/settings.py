@@ -1,0 +1,87 @@
+"""What the course of a run depends on, and what of it has changed since a checkpoint."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fault_tolerance.manifest import sha256_of
+
+NEUTRAL = frozenset(
+    {
+        # what is written or measured
+        "model.policy",
+        "model.judge",
+        "data.validation_samples_per_prompt",
+        "data.test_samples_per_prompt",
+        "data.eval_batch_size",
+        "data.predict_batch_size",
+        # how it is computed: the same up to the rounding of sums
+        "model.sample_batch",
+        "model.micro_batch",
+        "data.num_workers",
+    }
+)
+OF_THE_TRAINER = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+)
+SHA256 = "sha256 of "
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Name, by the keys of the command line, all values that decide the course of a run.
+
+    Where a value of the model is a file or folder, the hash of its content is among them.
+
+    Args:
+        config: Of one subcommand, with `model`, `data`, `trainer` and `seed_everything`.
+    """
+    trainer = config.get("trainer") or {}
+    settings = {"seed_everything": config.get("seed_everything")}
+    for part in ("model", "data"):
+        settings |= {k: v for k, v in _flat(part, config.get(part)) if not _is_neutral(k)}
+    settings |= {f"trainer.{name}": trainer.get(name) for name in OF_THE_TRAINER}
+    return settings | {
+        SHA256 + key: sha256_of(Path(value))
+        for key, value in settings.items()
+        if key.startswith("model.") and isinstance(value, str) and _exists(value)
+    }
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name the settings that both know and that differ, each with both values."""
+    return {key: (saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]}
+
+
+def is_allowed(key: str, allowed: Iterable[str]) -> bool:
+    """Tell whether a key, or the end of it after a point, was named; a file's hash goes with it."""
+    name = key.removeprefix(SHA256)
+    return any(name == given or name.endswith(f".{given}") for given in allowed)
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Give nested values one key each, as they are typed: without `class_path` and `init_args`."""
+    if not isinstance(value, dict):
+        yield key, value if isinstance(value, str | int | float | list | None) else str(value)
+        return
+    for name, inner in value.items():
+        if name == "class_path":
+            yield key, inner
+        elif name in ("init_args", "dict_kwargs"):
+            yield from _flat(key, inner or {})
+        else:
+            yield from _flat(f"{key}.{name}", inner)
+
+
+def _is_neutral(key: str) -> bool:
+    return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except OSError:
+        return False
