@@ -2,9 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
-from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
 
 from callbacks.sample_png import is_whole, read_row, rows_of, sample_id, write_sample
 from datamodules.errors import UserError
 from datamodules.images import INPUT
 from datamodules.sample_tables import write_tables, write_whole
 from datamodules.tables import name_few
+from lightning_modules.digest import digest, tensors_of
 from lightning_modules.samples import Samples
 
 SETTINGS = "settings.json"
@@ -155,19 +152,6 @@ def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
         **{
             f"digest of {name}": digest(child)
             for name, child in module.named_children()
-            if any(True for _ in _tensors(child))
+            if any(True for _ in tensors_of(child))
         },
     }
-
-
-def digest(module: nn.Module) -> str:
-    """Hash a network's parameters and buffers, by name."""
-    hashed = blake2b(digest_size=8)
-    for name, tensor in _tensors(module):
-        hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(module.named_parameters(), module.named_buffers())

@@ -17,6 +17,7 @@ from datamodules.attributes import ATTRIBUTES, prompt_of
 from datamodules.describe import describe
 from datamodules.errors import UserError
 from datamodules.images import Resize, find_images, read_image
+from datamodules.latents import EVERY_FLIP, Flips, LatentCache
 from datamodules.sampling import EpochSampler, inverse_frequency
 from datamodules.splits import Splits, make_splits
 
@@ -33,9 +34,14 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         resize: See `datamodules.images.read_image`.
         flip_seed: Flip at random, as (flip_seed, key) decides; by default not at all.
 
+    Attributes:
+        latents: Where to read `latents` `(2C, h, w)` in place of `image`; None reads the images.
+
     Raises:
         UserError: if an image is missing.
     """
+
+    latents: LatentCache | None = None
 
     def __init__(
         self,
@@ -61,18 +67,35 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
 
     def __getitem__(self, key: int) -> dict[str, Tensor | str]:
         """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""
-        row = key % len(self)
-        image = read_image(self.paths[row], self.size, self.resize)
-        if self.flip_seed is not None:
-            left_right, up_down = np.random.default_rng([self.flip_seed, key]).random(2) < 0.5
-            image = image.flip([d for d, flip in ((2, left_right), (1, up_down)) if flip])
+        row, flips = key % len(self), self.flips(key)
+        if self.latents is None:
+            shown = {"image": self.image(row, flips)}
+        else:
+            shown = {"latents": self.latents.read(self.paths[row], flips)}
         condition = self.conditions[row]
         return {
-            "image": image,
+            **shown,
             "condition": condition,
             "prompt": prompt_of(condition),
             "id": self.ids[row],
         }
+
+    def image(self, row: int, flips: Flips) -> Tensor:
+        """Read an image, `(3, S, S)` in [0, 1], and flip it."""
+        image = read_image(self.paths[row], self.size, self.resize)
+        return image.flip([dim for dim, flip in zip((2, 1), flips, strict=True) if flip])
+
+    def flips(self, key: int) -> Flips:
+        """Return how the draw `key` is flipped."""
+        if self.flip_seed is None:
+            return (False, False)
+        left_right, up_down = np.random.default_rng([self.flip_seed, key]).random(2) < 0.5
+        return (bool(left_right), bool(up_down))
+
+    def variants(self) -> list[tuple[int, Flips]]:
+        """List each image in each way in which it may be flipped."""
+        flips = EVERY_FLIP[:1] if self.flip_seed is None else EVERY_FLIP
+        return [(row, flip) for row in range(len(self)) for flip in flips]
 
 
 class ISICDataModule(LightningDataModule):

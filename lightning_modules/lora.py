@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) on the U-Net's attention layers, in the diffusers format."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from peft.utils import get_peft_model_state_dict
 ADAPTER = "policy"
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, seed: int) -> None:
-    """Add trainable adapters with alpha = rank; the U-Net computes what it did until they train.
+def add_lora(unet: UNet2DConditionModel, rank: int, seed: int, alpha: int | None = None) -> None:
+    """Add trainable adapters; the U-Net computes what it did until they train.
 
     Args:
         unet: All of its own weights frozen.
         rank: Rank of each adapter.
         seed: Decides the adapters' first weights.
+        alpha: The adapters' output is scaled by alpha / rank; None takes the rank.
     """
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=alpha or rank,
         init_lora_weights="gaussian",
         target_modules=["to_q", "to_k", "to_v", "to_out.0"],
     )
@@ -43,6 +45,17 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
         unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
         safe_serialization=True,
     )
+
+
+def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Return a U-Net of its own that computes what this one does with its adapters."""
+    with_adapters = deepcopy(unet)
+    with_adapters.fuse_lora()
+    with_adapters.unload_lora()
+    plain = UNet2DConditionModel.from_config(unet.config)
+    # by name of the parameter: the state dict of a U-Net in training leaves out what is frozen
+    plain.load_state_dict(dict(with_adapters.named_parameters()))
+    return plain
 
 
 def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:

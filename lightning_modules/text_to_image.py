@@ -53,15 +53,18 @@ class TextToImage(L.LightningModule):
         In a batch the last bits would depend on its size, hence on the number of processes.
         """
         for prompt in dict.fromkeys(prompts):
-            if prompt in self._embeddings:
-                continue
-            ids = self.tokenizer(
-                [prompt], padding="max_length", truncation=True, return_tensors="pt",
-                max_length=self.tokenizer.model_max_length,
-            ).input_ids  # fmt: skip
-            with torch.autocast(self.device.type, enabled=False):
-                self._embeddings[prompt] = self.text_encoder(ids.to(self.device))[0][0]
+            if prompt not in self._embeddings:
+                ids = self.tokenizer(
+                    [prompt], padding="max_length", truncation=True, return_tensors="pt",
+                    max_length=self.tokenizer.model_max_length,
+                ).input_ids  # fmt: skip
+                self._embeddings[prompt] = self.encode_text(ids).to(self.device)
         return torch.stack([self._embeddings[p] for p in prompts])
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Run the text encoder on the tokens of one prompt, `(1, L)`, to `(L, D)`."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.text_encoder(ids.to(self.device))[0][0]
 
     def guided_noise(self, latents: Tensor, step: Tensor, text: Tensor, empty: Tensor) -> Tensor:
         """Predict the noise with classifier-free guidance, e_u + w (e_c - e_u), in one batch.

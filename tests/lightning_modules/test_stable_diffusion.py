@@ -1,64 +1,18 @@
 from functools import partial
 
-import lightning as L
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import distance, flat, quiet_trainer, state_of
-from torch.utils.data import DataLoader
+from fine_tuning import SGD, Captioned, adamw, fit, images_of, module, unet_of
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from tiny import distance, flat, state_of
 
-from datamodules.attributes import CONDITIONS, PROMPTS
+from callbacks import Export
+from datamodules.attributes import PROMPTS
 from datamodules.errors import UserError
-from datamodules.isic import ISICDataModule
 from lightning_modules import StableDiffusion
 from lightning_modules.pipelines import load_pipeline
 from lightning_modules.randomness import generator, key
-
-
-class Captioned(L.LightningDataModule):
-    """Sixteen images, as bright as the row of their prompt says, in the same order every epoch."""
-
-    def __init__(self, augment=False):
-        super().__init__()
-        self.augment = augment
-        rows = torch.arange(16) * 2
-        noise = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        images = (rows.view(-1, 1, 1, 1) / 32 + noise) / 2
-        self.items = [
-            {
-                "image": image,
-                "prompt": PROMPTS[row],
-                "condition": CONDITIONS[row],
-                "id": f"image_{row}",
-            }
-            for image, row in zip(images, rows.tolist(), strict=True)
-        ]
-
-    def train_dataloader(self):
-        return DataLoader(self.items, batch_size=4)
-
-    def val_dataloader(self):
-        return DataLoader(self.items, batch_size=8)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
-
-def module(pipeline, **options):
-    defaults = {"pipeline": pipeline, "optimizer": adamw, "steps": 4, "guidance": 3.0}
-    return StableDiffusion(**(defaults | options))
-
-
-def fit(model, folder, epochs=2, data=None, ckpt_path=None, **options):
-    trainer = quiet_trainer(folder, max_epochs=epochs, **options)
-    trainer.fit(model, datamodule=data or Captioned(), ckpt_path=ckpt_path)
-    return trainer
-
-
-def unet_of(pipeline):
-    return {f"unet.{k}": v for k, v in load_pipeline(pipeline).unet.state_dict().items()}
 
 
 def test_the_loss_falls_and_only_the_unet_changes(tiny_pipeline, tmp_path):
@@ -105,65 +59,52 @@ def test_the_loss_is_the_error_of_the_noise_that_was_added(tiny_pipeline, tmp_pa
     assert ours.item() == pytest.approx((predicted - noise).square().mean().item(), rel=1e-5)
 
 
-def test_cached_latents_train_the_same_weights(tiny_pipeline, tmp_path):
-    class Counted(StableDiffusion):
-        encoded = 0
-
-        def configure_model(self):
-            super().configure_model()
-            encode = self.vae.module.encode
-
-            def counted(images):
-                self.encoded += len(images)
-                return encode(images)
-
-            self.vae.module.encode = counted
-
-    # AdamW would turn the last digit of a gradient near zero into a step
-    options = {"pipeline": tiny_pipeline, "optimizer": partial(torch.optim.SGD, lr=0.1), "steps": 4}
-    plain, cached = Counted(**options), Counted(**options, cache_latents=True)
-    for model in (plain, cached):
-        fit(model, tmp_path, epochs=3, limit_val_batches=0)
-    assert (plain.encoded, cached.encoded) == (48, 16)
-    assert distance(state_of(plain), state_of(cached)) < 1e-6
+EVERYTHING = {
+    "train": "lora",
+    "lora_alpha": 8,
+    "min_snr_gamma": 5.0,
+    "noise_offset": 0.1,
+    "gradient_checkpointing": True,
+    "lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5),
+}
 
 
-def test_augmented_images_are_not_cached(tiny_pipeline, tmp_path):
-    with pytest.raises(UserError, match="augment: false"):
-        fit(module(tiny_pipeline, cache_latents=True), tmp_path, data=Captioned(augment=True))
-    # the real one tells in the same way
-    assert ISICDataModule(None, augment=True).augment
-    fit(module(tiny_pipeline), tmp_path, epochs=1, data=Captioned(augment=True))
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(
+    tiny_pipeline, isic, tmp_path, everything
+):
+    options = EVERYTHING | {"cache": str(tmp_path / "cache")} if everything else {}
+    trainer = {"accumulate_grad_batches": 2 if everything else 1, "enable_checkpointing": True}
 
+    def run(epochs, ckpt_path=None):
+        model = module(tiny_pipeline, **options)
+        callbacks = [ModelCheckpoint(tmp_path, filename=f"{epochs}")]
+        callbacks += [EMAWeightAveraging(decay=0.9)] if everything else []
+        data = images_of(isic) if everything else None
+        end = fit(model, tmp_path, epochs, data, ckpt_path, callbacks=callbacks, **trainer)
+        return model, end
 
-@pytest.mark.parametrize("schedule", [False, True])
-def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tiny_pipeline, tmp_path, schedule):
-    def halving(optimizer):
-        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-
-    options = {"lr_scheduler": halving if schedule else None}
-    unbroken = module(tiny_pipeline, **options)
-    end = fit(unbroken, tmp_path, epochs=4)
-    saver = ModelCheckpoint(tmp_path, filename="half")
-    fit(
-        module(tiny_pipeline, **options),
-        tmp_path,
-        epochs=2,
-        enable_checkpointing=True,
-        callbacks=[saver],
-    )
-    resumed = module(tiny_pipeline, **options)
-    resumed_end = fit(resumed, tmp_path, epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    unbroken, end = run(4)
+    run(2)
+    resumed, resumed_end = run(4, tmp_path / "2.ckpt")
     assert distance(state_of(unbroken), state_of(resumed)) == 0
-    assert (
-        end.optimizers[0].param_groups[0]["lr"] == resumed_end.optimizers[0].param_groups[0]["lr"]
-    )
-    if schedule:
-        # 16 steps, stepped once per optimizer step
-        assert end.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 2**5)
+    rates = [e.optimizers[0].param_groups[0]["lr"] for e in (end, resumed_end)]
+    assert rates[0] == rates[1]
+    assert (rates[0] < 1e-3) == everything
     for ours, theirs in zip(end.optimizers, resumed_end.optimizers, strict=True):
         a, b = (o.state_dict()["state"] for o in (ours, theirs))
         assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
+
+
+def drawn(stock):
+    """The image of prompt 5 and noise key 11, by diffusers' own code."""
+    stock.set_progress_bar_config(disable=True)
+    draws = generator(11)
+    latents = torch.randn(1, 4, 8, 8, generator=draws)
+    return stock(
+        PROMPTS[5], num_inference_steps=4, guidance_scale=3.0, eta=1.0, latents=latents,
+        generator=draws, output_type="pt",
+    ).images  # fmt: skip
 
 
 def test_the_export_samples_the_same_image_in_stock_diffusers(tiny_pipeline, tmp_path):
@@ -172,16 +113,8 @@ def test_the_export_samples_the_same_image_in_stock_diffusers(tiny_pipeline, tmp
     model.export(tmp_path / "exported")
     image = model.generate([PROMPTS[5]], torch.tensor([11]))
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "exported")
-    stock.set_progress_bar_config(disable=True)
     assert isinstance(stock.scheduler, DDIMScheduler)
-    latents = torch.randn(1, 4, 8, 8, generator=generator(11))
-    draws = generator(11)
-    torch.randn(1, 4, 8, 8, generator=draws)
-    theirs = stock(
-        PROMPTS[5], num_inference_steps=4, guidance_scale=3.0, eta=1.0, latents=latents,
-        generator=draws, output_type="pt",
-    ).images  # fmt: skip
-    torch.testing.assert_close(image, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(image, drawn(stock), rtol=0, atol=1e-4)
     before = module(tiny_pipeline)
     fit(before, tmp_path, epochs=1, limit_train_batches=0, limit_val_batches=1)
     assert (before.generate([PROMPTS[5]], torch.tensor([11])) - image).abs().max() > 1e-2
@@ -235,3 +168,82 @@ def test_bf16_trains_float32_weights(tiny_pipeline, tmp_path):
     fit(model, tmp_path, precision="bf16-mixed")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert flat(model.unet.parameters()).isfinite().all()
+
+
+def test_gradient_checkpointing_trains_the_same_weights(tiny_pipeline, tmp_path):
+    plain, checkpointed = (
+        module(tiny_pipeline, gradient_checkpointing=on, **SGD) for on in (False, True)
+    )
+    for model in (plain, checkpointed):
+        fit(model, tmp_path, epochs=1)
+    assert checkpointed.unet.is_gradient_checkpointing
+    assert distance(state_of(plain), state_of(checkpointed)) < 1e-6
+
+
+def test_accumulated_batches_step_once_by_the_mean_of_their_gradients(tiny_pipeline, tmp_path):
+    model = module(tiny_pipeline, caption_dropout=0.0, **SGD)
+    trainer = fit(model, tmp_path, 1, accumulate_grad_batches=4, limit_val_batches=0)
+    assert trainer.global_step == 1
+    slow = module(tiny_pipeline, caption_dropout=0.0, **SGD)
+    fit(slow, tmp_path, 1, limit_train_batches=0, limit_val_batches=0)
+    for i, batch in enumerate(Captioned().train_dataloader()):
+        draw = slow.draws("fine-tune", 0, i)
+        torch.rand(4, generator=draw)
+        (slow.noise_prediction_loss(batch, batch["prompt"], draw) / 4).backward()
+    with torch.no_grad():
+        for p in slow.unet.parameters():
+            p -= 0.1 * p.grad
+    assert distance(state_of(model), state_of(slow)) < 1e-6
+
+
+def test_the_exported_weights_are_the_averaged_ones(tiny_pipeline, tmp_path):
+    seen = []
+
+    class Watched(StableDiffusion):
+        def on_train_batch_end(self, *args):
+            seen.append(self.unet.conv_out.bias.detach().clone())
+
+    model = Watched(pipeline=tiny_pipeline, optimizer=adamw, steps=4)
+    exported = tmp_path / "pipeline"
+    callbacks = [EMAWeightAveraging(decay=0.8), Export(str(exported), weights="last")]
+    fit(model, tmp_path, 1, callbacks=callbacks)
+    # torch's AveragedModel starts from the weights after the first step
+    average = seen[0]
+    for bias in seen[1:]:
+        average = 0.8 * average + 0.2 * bias
+    torch.testing.assert_close(load_pipeline(str(exported)).unet.conv_out.bias, average)
+
+
+@pytest.mark.parametrize("alpha", [None, 16])
+def test_adapters_alone_are_trained_and_exported_in_both_forms(tiny_pipeline, tmp_path, alpha):
+    model = module(tiny_pipeline, train="lora", lora_rank=4, lora_alpha=alpha)
+    fit(model, tmp_path, epochs=3)
+    assert all("lora" in name for name in state_of(model))
+    model.export(tmp_path / "exported")
+    image = model.generate([PROMPTS[5]], torch.tensor([11]))
+    start = load_pipeline(tiny_pipeline)
+    start.load_lora_weights(tmp_path / "exported" / "lora")
+    whole = StableDiffusionPipeline.from_pretrained(tmp_path / "exported")
+    for stock in (start, whole):
+        torch.testing.assert_close(drawn(stock), image, rtol=0, atol=1e-4)
+    assert (drawn(load_pipeline(tiny_pipeline)) - image).abs().max() > 2e-3
+    # the next stage starts from the merged pipeline
+    assert load_pipeline(str(tmp_path / "exported"))
+
+
+def test_min_snr_and_noise_offset_enter_the_loss(tiny_pipeline, tmp_path):
+    batch = next(iter(Captioned().train_dataloader()))
+
+    def loss(**options):
+        model = module(tiny_pipeline, **options)
+        fit(model, tmp_path, 1, limit_train_batches=0, limit_val_batches=0)
+        return model.noise_prediction_loss(batch, batch["prompt"], generator(5)).item()
+
+    plain = loss()
+    # a gamma above every SNR changes nothing, one below weighs less
+    assert loss(min_snr_gamma=1e6) == pytest.approx(plain, rel=1e-6)
+    assert 0 < loss(min_snr_gamma=0.5) < plain
+    assert loss(noise_offset=0.5) != pytest.approx(plain, rel=1e-2)
+    for wrong in ({"min_snr_gamma": 0.0}, {"noise_offset": -0.1}):
+        with pytest.raises(UserError, match="above 0, or null"):
+            module(tiny_pipeline, **wrong)
