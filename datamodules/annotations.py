@@ -33,7 +33,10 @@ class Annotations:
 
 
 def read_annotations(
-    root: Path, artifacts_csv: Path | None = None, threshold: float = 0.9
+    root: Path,
+    artifacts_csv: Path | None = None,
+    threshold: float = 0.9,
+    table: Path | None = None,
 ) -> Annotations:
     """Join ground truth, metadata and artifacts, and keep the melanomas and nevi.
 
@@ -42,12 +45,16 @@ def read_annotations(
         artifacts_csv: Table of `image` and the four artifacts, as probabilities or as 0 and 1. By
             default the first of `ARTIFACT_FILES` in the root or in its folder `annotations`.
         threshold: In [0, 1); an artifact is present if its value is greater.
+        table: One table in place of ISIC's: `image`, `group` (images that must not be parted, such
+            as a patient's; may be empty), and each attribute, as a probability or as 0 and 1.
 
     Raises:
         UserError: if a table is missing or malformed, or if the tables do not belong together.
     """
     if not 0 <= threshold < 1:
         raise UserError(f"threshold must be in [0, 1), it is {threshold}. The paper's is 0.9.")
+    if table is not None:
+        return _one_table(table, threshold)
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}.\n  root is the folder that holds {GROUND_TRUTH}, "
@@ -68,6 +75,20 @@ def read_annotations(
     lost = diseases[~diseases["id"].isin(joined["id"])]
     frame = joined.sort_values("id", ignore_index=True)[list(COLUMNS)]
     return Annotations(frame, {d: int(lost[d].sum()) for d in DISEASES}, artifacts_csv)
+
+
+def _one_table(path: Path, threshold: float) -> Annotations:
+    frame = to_numbers(read_table(path, ("group", *ATTRIBUTES)), ATTRIBUTES, path)
+    frame[list(ATTRIBUTES)] = (frame[list(ATTRIBUTES)] > threshold).astype(int)
+    if DISEASES:
+        wrong = frame.loc[frame[list(DISEASES)].sum(axis=1) != 1, "id"]
+        if len(wrong):
+            raise UserError(
+                f"{path}: {len(wrong):,} image(s) do not have exactly one of {', '.join(DISEASES)}:"
+                f" {name_few(wrong)}.\n  Correct or remove these lines."
+            )
+    frame = frame.rename(columns={"group": "lesion_id"}).assign(source="")
+    return Annotations(frame.sort_values("id", ignore_index=True)[list(COLUMNS)], {}, path)
 
 
 def _official(root: Path, name: str) -> Path:

@@ -5,10 +5,14 @@ from itertools import compress
 import pandas as pd
 
 from datamodules.annotations import Annotations
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES, VOCABULARY
 from datamodules.splits import Splits
+from datamodules.vocabulary import DERMOSCOPY
 
-TABLE_ORDER = ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")
+IS_PAPERS = VOCABULARY == DERMOSCOPY
+TABLE_ORDER = (
+    ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler") if IS_PAPERS else DISEASES + ARTIFACTS
+)
 PAPER_TABLE_1 = {
     "train": (2750, 9254, 4514, 1300, 201, 1608),
     "val": (454, 1665, 802, 228, 34, 308),
@@ -30,7 +34,10 @@ def table_1(splits: Splits) -> pd.DataFrame:
 def subgroups(splits: Splits) -> pd.DataFrame:
     """Count the images of each of the 32 subgroups, in the order of `CONDITIONS`, in each split."""
     keys = [tuple(int(on) for on in condition) for condition in CONDITIONS.tolist()]
-    names = [" + ".join(compress(DISEASES + ARTIFACTS, key[-2:] + key[:-2])) for key in keys]
+    n = len(ARTIFACTS)
+    names = [
+        " + ".join(compress(DISEASES + ARTIFACTS, key[n:] + key[:n])) or "none" for key in keys
+    ]
     counts = {
         name: rows.groupby(list(ATTRIBUTES)).size().reindex(keys, fill_value=0).to_numpy()
         for name, rows in splits._asdict().items()
@@ -69,19 +76,16 @@ def describe(annotations: Annotations, splits: Splits, rule: str, split: str) ->
     """
     every = pd.concat(splits)
     without = annotations.without_artifacts
+    left_out = ", ".join(f"{n:,} {disease}" for disease, n in without.items())
     lines = [
-        f"{len(every):,} melanomas and nevi, split: {split}",
-        f"artifacts from {annotations.artifacts_csv}, present if {rule}",
-        f"left out, for want of a row there: {without['MEL']:,} MEL, {without['NV']:,} NV",
+        f"{len(every):,} {'melanomas and nevi' if IS_PAPERS else 'images'}, split: {split}",
+        f"{'artifacts' if IS_PAPERS else 'labels'} from {annotations.artifacts_csv}, "
+        f"present if {rule}",
+        *([f"left out, for want of a row there: {left_out}"] if without else []),
         "",
-        "Table 1. Images of each split (the paper's counts below ours)",
-        _text(_beside_paper(table_1(splits))),
-        "",
-        "The 32 subgroups (0 *: no image in that split)",
+        *_paper_tables(splits),
+        f"The {len(CONDITIONS)} subgroups (0 *: no image in that split)",
         _text(_with_total(subgroups(splits)), mark_zero=True),
-        "",
-        "Table 2, '# Real Sample'. Training images with exactly one artifact",
-        _text(_real_samples_beside_paper(splits.train)),
         "",
         "Lesions in more than one split",
         *_leak_lines(splits),
@@ -90,6 +94,19 @@ def describe(annotations: Annotations, splits: Splits, rule: str, split: str) ->
         _text(_by_source(every)),
     ]
     return "\n".join(lines)
+
+
+def _paper_tables(splits: Splits) -> list[str]:
+    if not IS_PAPERS:
+        return ["Images of each split", _text(table_1(splits)), ""]
+    return [
+        "Table 1. Images of each split (the paper's counts below ours)",
+        _text(_beside_paper(table_1(splits))),
+        "",
+        "Table 2, '# Real Sample'. Training images with exactly one artifact",
+        _text(_real_samples_beside_paper(splits.train)),
+        "",
+    ]
 
 
 def _beside_paper(ours: pd.DataFrame) -> pd.DataFrame:

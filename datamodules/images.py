@@ -23,21 +23,22 @@ INPUT = "ISIC_2019_Training_Input"
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
-def find_images(root: Path, frame: pd.DataFrame) -> list[Path]:
+def find_images(root: Path, frame: pd.DataFrame, images: str = INPUT) -> list[Path]:
     """Find the image file of each row, without opening any.
 
-    Looks in `<root>/ISIC_2019_Training_Input`, and in the folder of the same name that unzipping
+    Looks in `<root>/<images>`, and in the folder of the same name that unzipping
     makes in it, for JPEG and PNG files named by `stem` or `id`, with or without `_downsampled`.
 
     Args:
         root: The ISIC folder.
         frame: The joined table, see `datamodules.annotations.Annotations`, or rows of it.
+        images: Name of the images' folder.
 
     Raises:
         UserError: if the folder is missing or empty, if an image is missing, or if a file is a
             link that leads out of the folder.
     """
-    folder = root / INPUT
+    folder = root / images
     index = _index(folder)
     found = [
         next((index[n] for n in (stem, i, i + DOWNSAMPLED) if n in index), None)
@@ -48,15 +49,15 @@ def find_images(root: Path, frame: pd.DataFrame) -> list[Path]:
         raise UserError(
             f"{len(missing):,} of {len(found):,} images are missing in {folder}: "
             f"{name_few(missing)}.\n"
-            "  Unzip ISIC_2019_Training_Input.zip there again, or give as split a folder of split "
+            f"  Unzip {images}.zip there again, or give as split a folder of split "
             "files\n  that name only the images you have."
         )
-    inside = {os.path.realpath(place) for place in (root, folder, folder / INPUT)}
+    inside = {os.path.realpath(place) for place in (root, folder, folder / images)}
     leaving = [e.path for e in found if e is not None and e.is_symlink() and _leaves(e, inside)]
     if leaving:
         raise UserError(
             f"{len(leaving):,} image(s) are links that lead out of {root}: {name_few(leaving)}.\n"
-            f"  Link the whole folder {INPUT} instead, or copy the files."
+            f"  Link the whole folder {images} instead, or copy the files."
         )
     return [Path(entry.path) for entry in found if entry is not None]
 
@@ -102,7 +103,7 @@ def read_image(path: Path, size: int, resize: Resize = "squash") -> Tensor:
 def _index(folder: Path) -> dict[str, os.DirEntry[str]]:
     """Map file names without ending to files; the outer folder and the first ending win."""
     entries: list[os.DirEntry[str]] = []
-    for place in (folder, folder / INPUT):
+    for place in (folder, folder / folder.name):
         if place.is_dir():
             with os.scandir(place) as listing:
                 entries += sorted(listing, key=lambda entry: entry.name)
@@ -114,8 +115,9 @@ def _index(folder: Path) -> dict[str, os.DirEntry[str]]:
     if not index:
         state = "holds no .jpg or .png file" if folder.is_dir() else "is missing"
         raise UserError(
-            f"the images' folder {folder} {state}.\n  Download ISIC_2019_Training_Input.zip from "
-            f"https://challenge.isic-archive.com/data/#2019 and unzip it in {folder.parent}."
+            f"the images' folder {folder} {state}.\n  Put the images there, or give its name in "
+            f"{folder.parent} as images; {INPUT}.zip is at\n"
+            "  https://challenge.isic-archive.com/data/#2019."
         )
     return index
 

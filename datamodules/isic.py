@@ -16,7 +16,7 @@ from datamodules.annotations import Annotations, read_annotations
 from datamodules.attributes import ATTRIBUTES, prompt_of
 from datamodules.describe import describe
 from datamodules.errors import UserError
-from datamodules.images import Resize, find_images, read_image
+from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
 from datamodules.sampling import EpochSampler, inverse_frequency
 from datamodules.splits import Splits, make_splits
@@ -33,6 +33,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         size: Side of the images in pixels.
         resize: See `datamodules.images.read_image`.
         flip_seed: Flip at random, as (flip_seed, key) decides; by default not at all.
+        images: Name of the images' folder in `root`.
 
     Attributes:
         latents: Where to read `latents` `(2C, h, w)` in place of `image`; None reads the images.
@@ -50,8 +51,9 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         size: int,
         resize: Resize = "squash",
         flip_seed: int | None = None,
+        images: str = INPUT,
     ) -> None:
-        self.paths = find_images(root, frame)
+        self.paths = find_images(root, frame, images)
         self.ids = frame["id"].tolist()
         self.conditions = torch.from_numpy(frame[list(ATTRIBUTES)].to_numpy(np.float32))
         self.size = size
@@ -107,6 +109,10 @@ class ISICDataModule(LightningDataModule):
         artifacts_csv: Table of hair, gel_bubble, ruler and ink for each image, as probabilities
             or as 0 and 1. By default isic_inferred_wocarcinoma.csv, else isic_bias.csv, in root or
             in root/annotations.
+        table: One table in place of ISIC's, for other data: the columns image, group (images that
+            must stay together, such as a patient's; may be empty) and every attribute, as 0 and 1
+            or as probabilities.
+        images: Name of the images' folder in root.
         threshold: An artifact is present if its value is greater than this, in [0, 1). Paper: 0.9.
         split: `paper` (the authors' split; half of its test images share a lesion with train),
             `lesion` (the same fractions, no lesion in two splits), or a folder with one
@@ -127,6 +133,8 @@ class ISICDataModule(LightningDataModule):
         self,
         root: str | None,
         artifacts_csv: str | None = None,
+        table: str | None = None,
+        images: str = INPUT,
         threshold: float = 0.9,
         split: str = "paper",
         split_seed: int = 42,
@@ -150,6 +158,8 @@ class ISICDataModule(LightningDataModule):
             )
         self.root = None if root is None else Path(root)
         self.artifacts_csv = None if artifacts_csv is None else Path(artifacts_csv)
+        self.table = None if table is None else Path(table)
+        self.images = images
         self.threshold = threshold
         self.split = split
         self.split_seed = split_seed
@@ -171,7 +181,7 @@ class ISICDataModule(LightningDataModule):
     @cached_property
     def annotations(self) -> Annotations:
         """The joined table."""
-        return read_annotations(self.folder, self.artifacts_csv, self.threshold)
+        return read_annotations(self.folder, self.artifacts_csv, self.threshold, self.table)
 
     @cached_property
     def splits(self) -> Splits:
@@ -181,7 +191,8 @@ class ISICDataModule(LightningDataModule):
     def dataset(self, name: Literal["train", "val", "test"], flip: bool = False) -> ISICDataset:
         """Return the images of a split, in the split's order; flipped at random if asked for."""
         rows = getattr(self.splits, name)
-        return ISICDataset(rows, self.folder, self.size, self.resize, self.seed if flip else None)
+        seed = self.seed if flip else None
+        return ISICDataset(rows, self.folder, self.size, self.resize, seed, self.images)
 
     def describe(self) -> str:
         """Say what the tables hold: the paper's counts, subgroups, leaks. No image is read."""

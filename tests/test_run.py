@@ -155,7 +155,7 @@ def tiny_options(name, pipeline, classifiers, isic):
 SHIPPED = [
     str(path.relative_to(CONFIGS))
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent.name != "base"
+    if path.parent.name != "base" and path.stem != "attributes"
 ]
 
 
