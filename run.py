@@ -25,6 +25,7 @@ import lightning_modules
 from datamodules.errors import UserError
 from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.curves import Curves
+from fault_tolerance.preemption import Preemption
 from fault_tolerance.resume import Resume
 from fault_tolerance.run_folder import Room, claim
 from fault_tolerance.settings import settings_of
@@ -208,6 +209,8 @@ class CommandLine(LightningCLI):
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
+        # first, so that it leaves before anything of a batch is logged
+        trainer.callbacks.insert(0, Preemption())
         resume = next(c for c in trainer.callbacks if isinstance(c, Resume))
         resume.settings = settings_of(self.config[self.subcommand].as_dict())
         return trainer

@@ -1,10 +1,12 @@
 """The order in which training draws its images, decided by seed and epoch alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 def inverse_frequency(conditions: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -29,6 +31,9 @@ class EpochSampler(DistributedSampler[int]):
     what one process with batches of N x B sees. (Lightning's own wrapper shuffles once more, and
     so loses the second property.)
 
+    `skipped` draws of the epoch are left out from its start: those that a run which was interrupted
+    within it has trained on.
+
     A key that the sampler yields says which draw of the run it is, and of which image:
     `draw * N + image` for N images. So worker processes need to know no epoch.
 
@@ -51,6 +56,7 @@ class EpochSampler(DistributedSampler[int]):
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.weights = weights
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[int]:
         n = len(self.dataset)
@@ -61,5 +67,30 @@ class EpochSampler(DistributedSampler[int]):
             [
                 (first + place) * n + int(order[place % n])
                 for place in range(self.rank, self.total_size, self.num_replicas)
-            ]
+            ][self.skipped :]
         )
+
+
+class TrainLoader(DataLoader[dict[str, Tensor | list[str]]]):
+    """Gives the batches of an epoch that are not trained yet.
+
+    It asks for the place in the run when the first batch is fetched, not when an iterator is made:
+    Lightning makes one before it has read the checkpoint of a resumed run.
+
+    Args:
+        sampler: Of this process.
+        place: Returns the epoch, and its batches that are trained.
+        **options: Of `DataLoader`.
+    """
+
+    def __init__(
+        self, sampler: EpochSampler, place: Callable[[], tuple[int, int]], **options: Any
+    ) -> None:
+        super().__init__(sampler.dataset, sampler=sampler, **options)
+        self.place = place
+
+    def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
+        epoch, batches = self.place()
+        self.sampler.set_epoch(epoch)
+        self.sampler.skipped = batches * self.batch_size
+        yield from super().__iter__()

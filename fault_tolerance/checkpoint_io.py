@@ -30,9 +30,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
     there are always two states to go back to.
     """
 
-    saved_step: int | None = None
-    """Optimizer steps of the newest state on disk from which training goes on exactly."""
-
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
@@ -64,8 +61,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
             )
             write_manifest(path, manifest)
             sync_folder(path.parent)
-        if manifest.between_steps:
-            self.saved_step = manifest.global_step
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

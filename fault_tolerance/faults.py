@@ -1,7 +1,7 @@
 """Faults on demand, so that tests can have a run fail at a chosen place.
 
 `FAULT=point:n:action` does something at the n-th pass of a point, and `FAULT=point:n:action:rank`
-in one process only. Without the variable nothing happens.
+in one process only; several are separated by commas. Without the variable nothing happens.
 """
 
 import errno
@@ -29,15 +29,18 @@ def fault_point(point: str) -> None:
     """Pass a point, and fail there if `FAULT` says so."""
     if FAULT not in os.environ:
         return
-    where, n, action, *rank = os.environ[FAULT].split(":")
-    if point != where or (rank and int(rank[0]) != rank_zero_only.rank):
-        return
     _passed[point] += 1
-    if _passed[point] != int(n):
-        return
+    for fault in os.environ[FAULT].split(","):
+        where, n, action, *rank = fault.split(":")
+        here = not rank or int(rank[0]) == rank_zero_only.rank
+        if (point, _passed[point]) == (where, int(n)) and here:
+            _fail(point, action)
+
+
+def _fail(point: str, action: str) -> None:
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
-        raise InjectedFault(f"{action} at pass {n} of {point}")
+        raise InjectedFault(f"{action} at {point}")

@@ -153,6 +153,7 @@ class DDPO(Policy):
     def rewards(self, rollout: Rollout) -> Tensor:
         """Score the images (Algorithm 1, line 5) and gather all ranks', `(M,)` in sample order."""
         mine = self.reward(rollout.images, rollout.conditions)
+        self.report_progress("reward", 1, 1)
         rewards = self.gather_in_order(mine.value)
         self.log("reward/mean", rewards.mean(), prog_bar=True, batch_size=1)
         self.log("reward/std", rewards.std(correction=0), batch_size=1)

@@ -1,8 +1,13 @@
 """A trial in a process of its own, without the seconds that importing takes."""
 
 import os
+import signal
+import socket
 import sys
+import time
 import traceback
+
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def forked(function, *args):
@@ -21,3 +26,56 @@ def forked(function, *args):
             os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def forked_ranks(function, *args, ranks=2, timeout=60):
+    """Call in two processes that find each other as DDP's do; return their exit codes."""
+    port = _free_port()
+    children = [_start_rank(rank, ranks, port, function, args) for rank in range(ranks)]
+    return wait_for(children, timeout)
+
+
+def wait_for(children, timeout):
+    """Wait for processes; whoever does not end in time is killed, which shows in its exit code."""
+    codes, until = {}, time.monotonic() + timeout
+    while len(codes) < len(children):
+        for child in children:
+            if child not in codes:
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def _start_rank(rank, ranks, port, function, args):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    rank_zero_only.rank = rank
+    try:
+        function(*args)
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,33 @@
+"""The command line of this run, and the processes that it started."""
+
+import os
+import shlex
+import sys
+import threading
+
+import lightning as L
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+
+def resume_command() -> str:
+    """Say what goes on with this run: its own command, without a checkpoint that it names."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip or word.startswith("--ckpt_path="):
+            skip = False
+        elif word == "--ckpt_path":
+            skip = True
+        else:
+            words.append(word)
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
+
+
+def stand_down(trainer: L.Trainer) -> None:
+    """Keep Lightning's observer from killing this process when one that it started ends first.
+
+    It would do so without a word, in the middle of a save or of a message.
+    """
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":
+                thread._child_processes = []
