@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from datamodules.describe import describe
 from datamodules.errors import UserError
 from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
-from datamodules.sampling import EpochSampler, inverse_frequency
+from datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
 from datamodules.splits import Splits, make_splits
 
 Batch = dict[str, Tensor | list[str]]
@@ -218,9 +218,11 @@ class ISICDataModule(LightningDataModule):
             return self._loader(self.train_set, EpochSampler(self.train_set, self.seed, weights))
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = EpochSampler(self.train_set, self.seed, weights, world_size, rank)
-        # a resumed run starts its workers before Lightning tells the sampler the epoch
-        sampler.set_epoch(self.trainer.current_epoch)
-        return self._loader(self.train_set, sampler)
+        return TrainLoader(sampler, self._trained_batches, **self._options())
+
+    def _trained_batches(self) -> int:
+        """Count the batches of this epoch that a run interrupted within it has trained on."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Give the validation images in order."""
@@ -237,11 +239,12 @@ class ISICDataModule(LightningDataModule):
     def _loader(
         self, dataset: ISICDataset, sampler: EpochSampler | None = None
     ) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return DataLoader(dataset, sampler=sampler, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }

@@ -74,23 +74,19 @@ class EpochSampler(DistributedSampler[int]):
 class TrainLoader(DataLoader[dict[str, Tensor | list[str]]]):
     """Gives the batches of an epoch that are not trained yet.
 
-    It asks for the place in the run when the first batch is fetched, not when an iterator is made:
-    Lightning makes one before it has read the checkpoint of a resumed run.
+    Nothing is read before the first of them is asked for: Lightning makes an iterator before it
+    knows where a resumed run goes on.
 
     Args:
         sampler: Of this process.
-        place: Returns the epoch, and its batches that are trained.
+        trained: Returns how many batches of the epoch are trained.
         **options: Of `DataLoader`.
     """
 
-    def __init__(
-        self, sampler: EpochSampler, place: Callable[[], tuple[int, int]], **options: Any
-    ) -> None:
+    def __init__(self, sampler: EpochSampler, trained: Callable[[], int], **options: Any) -> None:
         super().__init__(sampler.dataset, sampler=sampler, **options)
-        self.place = place
+        self.trained = trained
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
-        epoch, batches = self.place()
-        self.sampler.set_epoch(epoch)
-        self.sampler.skipped = batches * self.batch_size
+        self.sampler.skipped = self.trained() * self.batch_size
         yield from super().__iter__()

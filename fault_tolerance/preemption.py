@@ -134,6 +134,7 @@ class Preemption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Safe point between two training batches."""
+        fault_point("batch")
         # after a validation within an epoch Lightning counts otherwise: the next batch will do
         if batch_idx == 0 or batch_idx % trainer.val_check_batch == 0:
             return

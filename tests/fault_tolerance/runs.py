@@ -21,9 +21,12 @@ from run import Trainer
 EPOCHS = 3
 
 
-def trainer_of(folder, callbacks=(), **options):
-    """A trainer as the command line makes it of ddpo.yaml."""
-    checkpoints = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
+def trainer_of(folder, callbacks=(), every_n_epochs=1, **options):
+    """A trainer as the command line makes it of the shipped configurations."""
+    newest = checkpoint(
+        folder, filename="newest", save_last="link", save_on_train_epoch_end=True,
+        every_n_epochs=every_n_epochs,
+    )  # fmt: skip
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
@@ -35,21 +38,13 @@ def trainer_of(folder, callbacks=(), **options):
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
         "plugins": [DurableCheckpointIO()],
-        "callbacks": [
-            Preemption(),
-            RewardPlateau(),
-            ModelCheckpoint(filename="best", monitor="val/apr", mode="max", **checkpoints),
-            ModelCheckpoint(
-                filename="newest", save_last="link", save_on_train_epoch_end=True, **checkpoints
-            ),
-            SampleGrid(every_n_epochs=1, prompts=[PROMPTS[0]], samples_per_prompt=1),
-            Resume(),
-            Room(),
-            Curves(),
-            *callbacks,
-        ],
+        "callbacks": [Preemption(), *callbacks, newest, Resume(), Room(), Curves()],
     }
     return Trainer(**(defaults | options))
+
+
+def checkpoint(folder, **options):
+    return ModelCheckpoint(dirpath=folder / "checkpoints", enable_version_counter=False, **options)
 
 
 def loaded_ddpo(pipeline, classifiers, **options):
@@ -63,6 +58,12 @@ def loaded_ddpo(pipeline, classifiers, **options):
 def fit(folder, module, callbacks=(), **options):
     """Train to the end; what a fault interrupts, the same call goes on with."""
     data = prompts(8, validation_samples_per_prompt=1)
+    callbacks = [
+        RewardPlateau(),
+        checkpoint(folder, filename="best", monitor="val/apr", mode="max"),
+        SampleGrid(every_n_epochs=1, prompts=[PROMPTS[0]], samples_per_prompt=1),
+        *callbacks,
+    ]
     trainer_of(folder, callbacks, **options).fit(module, datamodule=data)
 
 
@@ -81,8 +82,9 @@ def everything(folder):
     for part in ("run", "curves"):
         state.pop(part, None)
     for callback in state["callbacks"].values():
-        # Lightning saves it and does not read it
-        callback.pop("current_score", None)
+        # Lightning saves the one and does not read it; the other says how often it saved
+        for bookkeeping in ("current_score", "last_model_path"):
+            callback.pop(bookkeeping, None)
     return {
         "checkpoint": _without_paths(state, str(folder)),
         "curves": curves(folder),

@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 from forked import forked, forked_ranks
-from runs import differing, everything, fit, fit_on_two, loaded_ddpo
+from runs import differing, everything, fit, fit_on_two, last, loaded_ddpo
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,35 @@ def test_a_signal_to_any_process_ends_all_with_one_checkpoint(
     monkeypatch.delenv("FAULT")
     assert forked_ranks(fit_on_two, folder, policy) == [0, 0]
     assert differing(everything(folder), undisturbed_on_two) == []
+
+
+@pytest.mark.parametrize("fault", ["rollout:5:term", "update:5:term", "sampling:7:term"])
+def test_what_no_checkpoint_holds_yet_is_saved(
+    policy, undisturbed, tmp_path, monkeypatch, capfd, fault
+):
+    """With a checkpoint every 10 epochs, the state before the interrupted epoch is kept."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("FAULT", fault)
+    assert forked(partial(fit, every_n_epochs=10), folder, policy) == 143
+    assert f"Saved {folder / 'checkpoints' / 'last.ckpt'}" in last_line(capfd)
+    assert last(folder)["global_step"] in (2, 4)
+    monkeypatch.delenv("FAULT")
+    assert forked(fit, folder, policy) == 0
+    assert differing(everything(folder), undisturbed) == []
+
+
+def test_a_second_signal_leaves_at_once_and_whole(policy, undisturbed, tmp_path, monkeypatch):
+    """The first asks for a save, and the second comes while that is written."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv("FAULT", "rollout:5:term,save.fsync:2:term")
+    assert forked(partial(fit, every_n_epochs=10), folder, policy) == 143
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {
+        "best.ckpt", "best.ckpt.json", "last.ckpt.part",
+    }  # fmt: skip
+    # the best was saved in the validation of the first epoch
+    monkeypatch.setenv("FAULT", "rollout:3:term")
+    assert forked(partial(fit, every_n_epochs=10), folder, policy) == 143
+    assert last(folder)["global_step"] == 4
+    monkeypatch.delenv("FAULT")
+    assert forked(fit, folder, policy) == 0
+    assert differing(everything(folder), undisturbed) == []
