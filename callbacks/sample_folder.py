@@ -1,4 +1,4 @@
-"""Keep what `predict` draws as a folder that reads like ISIC 2019."""
+"""Keep what `predict` and `test` draw as a folder that reads like ISIC 2019."""
 
 import json
 import warnings
@@ -24,12 +24,12 @@ DECIDING = ("seed", "steps", "eta", "guidance", "sample_batch")
 
 
 class SampleFolder(Callback):
-    """Writes what `predict` draws to a folder in the layout of ISIC 2019, with its tables.
+    """Writes what `predict` and `test` draw to a folder in ISIC 2019's layout, with its tables.
 
     The label of an image is what its prompt asked for; `manifest.csv` has the prompts, the noise
     and the networks' readings as well. Each image appears whole or not at all. Killed and started
-    again, on any number of processes, `predict` draws what is missing, and the folder becomes the
-    same, byte for byte, as one drawn in one go.
+    again, on any number of processes, the command draws what is missing, and the folder becomes the
+    same, byte for byte, as one drawn in one go. What `predict` has drawn, `test` need not.
 
     Sums round by the number of threads. So on a CPU each process computes on one thread: give
     `--trainer.devices` as many processes as there are cores.
@@ -50,6 +50,61 @@ class SampleFolder(Callback):
         """Compare the folder's settings with these, and tell the module what is there."""
         # a batch of another process, or one drawn before, gives None
         warnings.filterwarnings("ignore", "predict returned None")
+        self._open(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do as for prediction."""
+        self._open(trainer, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Samples | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write this process's samples, and note all that were asked for."""
+        self._write(pl_module, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Samples | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Do as for prediction."""
+        self._write(pl_module, outputs, batch)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the tables on rank 0, once all processes are done."""
+        self._close(trainer, pl_module)
+        del pl_module.is_drawn
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do as for prediction; the tables are there before anything scores them."""
+        self._close(trainer, pl_module)
+        trainer.strategy.barrier("SampleFolder")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the module draw anew."""
+        del pl_module.is_drawn
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the threads back."""
+        torch.set_num_threads(self.threads)
+
+    def path_of(self, name: str) -> Path:
+        """Return where the sample of this id lies."""
+        return self.images / f"{name}.png"
+
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.asked, self.drawn = [], 0
         settings = settings_of(trainer, pl_module)
         try:
@@ -63,18 +118,11 @@ class SampleFolder(Callback):
         self.threads = torch.get_num_threads()
         if pl_module.device.type == "cpu":
             torch.set_num_threads(1)
-        pl_module.is_drawn = lambda prompt, index: is_whole(self._path(sample_id(prompt, index)))
+        pl_module.is_drawn = lambda prompt, index: is_whole(self.path_of(sample_id(prompt, index)))
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Samples | None,
-        batch: dict[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def _write(
+        self, pl_module: L.LightningModule, outputs: Samples | None, batch: dict[str, Any]
     ) -> None:
-        """Write this process's samples, and note all that were asked for."""
         self.asked += map(sample_id, batch["prompt"], batch["index"].tolist())
         if outputs is None:
             return
@@ -83,15 +131,13 @@ class SampleFolder(Callback):
             write_sample(self.images, image, row)
         self.drawn += len(rows)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the tables on rank 0, once all processes are done."""
+    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         torch.set_num_threads(self.threads)
-        del pl_module.is_drawn
         drawn = torch.tensor(self.drawn, device=trainer.strategy.root_device)
         drawn = trainer.strategy.reduce(drawn, reduce_op="sum")
         if not trainer.is_global_zero:
             return
-        rows = {name: read_row(self._path(name)) for name in self.asked}
+        rows = {name: read_row(self.path_of(name)) for name in self.asked}
         lost = [name for name, row in rows.items() if row is None]
         if lost:
             raise UserError(
@@ -100,15 +146,6 @@ class SampleFolder(Callback):
             )
         write_tables(self.root, list(rows.values()))
         rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Give the threads back."""
-        torch.set_num_threads(self.threads)
-
-    def _path(self, name: str) -> Path:
-        return self.images / f"{name}.png"
 
     def _claim(self, settings: dict[str, Any]) -> None:
         """Write the settings into a folder that is new."""

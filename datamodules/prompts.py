@@ -69,10 +69,10 @@ class ISICPromptDataModule(ISICDataModule):
             number of prompts, unless they are drawn from the training split. Paper: 256.
         validation_samples_per_prompt: Images sampled for each prompt in a validation; 0 for none.
         test_samples_per_prompt: The same for testing and predicting. Paper: 960.
-        eval_batch_size: Most prompts in a batch of validation or test, for all processes together;
-            bounds the memory.
-        predict_batch_size: Images that predicting draws and writes at a time, on one process; a
-            multiple of the model's sample_batch, or that.
+        eval_batch_size: Most prompts in a batch of validation, for all processes together; bounds
+            the memory.
+        predict_batch_size: Images that testing and predicting draw and write at a time, on one
+            process; a multiple of the model's sample_batch, or that.
         **kwargs: How to read the real images, see `ISICDataModule`.
     """
 
@@ -129,10 +129,10 @@ class ISICPromptDataModule(ISICDataModule):
 
     def test_dataloader(self) -> PromptLoader:
         """Yield each prompt `test_samples_per_prompt` times."""
-        return self._eval_loader(self.test_samples_per_prompt, self.eval_batch_size)
+        return self._eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
 
     def predict_dataloader(self) -> PromptLoader:
-        """Yield the same prompts as for testing, in the batches that are drawn at a time."""
+        """Yield the same prompts as for testing, in the same batches."""
         return self._eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
 
     def _draw(self) -> Tensor:

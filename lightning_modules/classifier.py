@@ -97,10 +97,19 @@ class AttributeClassifier(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, `(B, H)`, of images `(B, 3, any, any)` in [0, 1]."""
+        return self.network(self.prepared(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees, `(B, D)`, of images `(B, 3, any, any)` in [0, 1]."""
+        maps = self.network.forward_features(self.prepared(images))
+        return self.network.forward_head(maps, pre_logits=True)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Resize images in [0, 1] to the network's size and normalise them."""
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        return self.network((images - self.mean) / self.std)
+        return (images - self.mean) / self.std
 
     def on_train_start(self) -> None:
         """Count the train split for `pos_weight: balanced`."""

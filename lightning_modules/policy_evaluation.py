@@ -14,7 +14,6 @@ from lightning_modules.frozen import Frozen
 from lightning_modules.randomness import keys
 from lightning_modules.samples import Samples, draw_anew, filled_rows, to_eight_bits
 from metrics.apr import ArtifactPrevalenceRate
-from metrics.results import alignment_results, write_results
 
 
 class PolicyEvaluation(L.LightningModule):
@@ -22,7 +21,8 @@ class PolicyEvaluation(L.LightningModule):
 
     The images' noise depends on (seed, purpose, sample index): validation draws the same noise
     every time and test another, the same for every policy, so that scores are paired. Prediction
-    draws the images that test scores.
+    and test draw the same images; the SampleFolder callback keeps them, and Evaluation scores those
+    it keeps.
     """
 
     is_drawn: Callable[[str, int], bool] = staticmethod(draw_anew)
@@ -44,18 +44,22 @@ class PolicyEvaluation(L.LightningModule):
         self.log("val/reward", self.mean_reward.compute())
         self.reset_scores()
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count one batch of prompts, with noise that validation never sees."""
-        self.score(batch, "test")
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Samples | None:
+        """Draw as for prediction, with noise that validation never sees, and count that."""
+        drawn = self.predict_step(batch, batch_idx)
+        if drawn is not None:
+            wanted = drawn.conditions[:, : len(ARTIFACTS)]
+            asked = torch.tensor([prompt_id(p) for p in drawn.prompts], device=self.device)
+            self.apr.update(drawn.judge_logits, wanted, asked)
+            self.mean_reward.update(drawn.reward)
+        return drawn
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores and write them, prompt by prompt, to `results/metrics.json`."""
-        results = alignment_results(self.apr.compute(), self.mean_reward.compute().item())
-        self.log("test/apr", results["apr"])
-        self.log("test/reward", results["reward"])
+        """Log the scores of what was drawn, unless a folder has more of them."""
+        if self.is_drawn is draw_anew:
+            self.log("test/apr", self.apr.compute().rate)
+            self.log("test/reward", self.mean_reward.compute())
         self.reset_scores()
-        if self.trainer.is_global_zero:
-            write_results(self.trainer.default_root_dir, results)
 
     @torch.no_grad()
     def score(self, batch: dict[str, Any], purpose: str) -> None:

@@ -1,40 +1,48 @@
-"""What `test` leaves behind: `results/metrics.json`, each rate with its n and interval."""
+"""What `test` leaves behind: `results/metrics.json`, and what it rests on."""
 
 import json
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from datamodules.attributes import CONDITIONS, PROMPTS, short_name
-from metrics.apr import Prevalence
-from metrics.intervals import wilson_interval
+import pandas as pd
 
-
-def alignment_results(prevalence: Prevalence, reward: float) -> dict[str, Any]:
-    """Lay out APR over all prompts and for each, with 95% Wilson intervals, and the mean reward."""
-    asked, correct = prevalence.n.int().tolist(), prevalence.correct.int().tolist()
-    return {
-        **_rate(sum(correct), sum(asked)),
-        "reward": reward,
-        "prompts": {
-            short_name(condition): {"prompt": prompt, **_rate(k, n)}
-            for condition, prompt, k, n in zip(CONDITIONS, PROMPTS, correct, asked, strict=True)
-        },
-    }
-
-
-def _rate(correct: int, n: int) -> dict[str, Any]:
-    if n == 0:
-        return {"apr": None, "apr_interval": None, "correct": 0, "n": 0}
-    interval = list(wilson_interval(correct, n))
-    return {"apr": correct / n, "apr_interval": interval, "correct": correct, "n": n}
+RESULTS = "results"
+METRICS = "metrics.json"
+PACKAGES = (
+    "torch", "torchvision", "lightning", "diffusers", "transformers", "timm", "torchmetrics",
+    "torch-fidelity", "lpips", "numpy", "scipy", "pillow",
+)  # fmt: skip
 
 
 def write_results(run_folder: str | Path, results: dict[str, Any]) -> Path:
     """Write `results/metrics.json` in a run folder, whole or not at all."""
-    path = Path(run_folder) / "results" / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, path)
+    path = Path(run_folder) / RESULTS / METRICS
+    write_text(path, json.dumps(results, indent=2) + "\n")
     return path
+
+
+def write_csv(path: Path, table: pd.DataFrame, index: bool = True) -> None:
+    """Write a table, whole or not at all."""
+    write_text(path, table.to_csv(index=index, lineterminator="\n"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number can depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,7 +1,6 @@
-import subprocess
-import sys
+import os
 import time
-from pathlib import Path
+import traceback
 
 import lightning as L
 
@@ -10,7 +9,6 @@ from datamodules.images import INPUT
 from datamodules.prompts import ISICPromptDataModule
 from lightning_modules import DDPO, AttributeMatch
 
-ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 4, 8
 
 
@@ -65,14 +63,17 @@ def command(run_folder, networks, *more):
     return ["predict", "--config", "demo/ddpo.yaml", *given, *more]
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def forked(call, *arguments):
+    """Start a process that makes the call and ends; it need not import anything anew."""
+    child = os.fork()
+    if not child:
+        try:
+            call(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
 
 
 def contents(folder):

@@ -13,10 +13,10 @@ from sample_runs import (
     command,
     contents,
     copy_of,
+    forked,
     module_of,
     predict,
     quiet_trainer,
-    start,
     times,
     wait_for_images,
 )
@@ -54,19 +54,16 @@ def test_a_killed_command_finished_on_two_processes_leaves_what_one_go_does(
     networks, one_go, tmp_path
 ):
     folder = tmp_path / "samples"
-    killed = start(*command(tmp_path, networks))
-    wait_for_images(folder, random.randint(1, 40), lambda: killed.poll() is not None)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    killed = forked(main, command(tmp_path, networks))
+    wait_for_images(folder, random.randint(1, 40), lambda: os.waitpid(killed, os.WNOHANG)[0])
+    os.kill(killed, signal.SIGKILL)
+    assert os.waitpid(killed, 0)[1] == signal.SIGKILL
     before = times(folder)
     assert 0 < len(before) < 64
     assert not (folder / MANIFEST).exists()
 
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    finished = start(*command(tmp_path, networks, *two))
-    _, errors = finished.communicate(timeout=120)
-    assert finished.returncode == 0, errors
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
+    main(command(tmp_path, networks, *two))
     assert contents(folder) == contents(one_go)
     after = times(folder)
     assert {name: after[name] for name in before} == before
@@ -76,10 +73,7 @@ def test_five_kills_at_random_moments_lose_and_repeat_nothing(networks, one_go, 
     folder = tmp_path / "samples"
     for _ in range(5):
         there = times(folder)
-        child = os.fork()
-        if not child:
-            predict(folder, networks)
-            os._exit(0)
+        child = forked(predict, folder, networks)
         wait_for_images(
             folder,
             len(there) + random.randint(1, 11),

@@ -94,8 +94,8 @@ def test_evaluation_comes_in_chunks_over_all_prompts(tmp_path, stage):
     data = ISICPromptDataModule(
         validation_samples_per_prompt=3,
         test_samples_per_prompt=3,
-        eval_batch_size=7 if stage == "predict" else 40,
-        predict_batch_size=40 if stage == "predict" else 7,
+        eval_batch_size=40 if stage == "val" else 7,
+        predict_batch_size=7 if stage == "val" else 40,
     )
     listener = Listener()
     run = {"val": "validate"}.get(stage, stage)
@@ -111,7 +111,7 @@ def test_evaluation_comes_in_chunks_over_all_prompts(tmp_path, stage):
 
 def test_more_samples_leave_the_first_ones_as_they_are():
     few, many = (
-        ISICPromptDataModule(test_samples_per_prompt=n, eval_batch_size=64) for n in (1, 2)
+        ISICPromptDataModule(test_samples_per_prompt=n, predict_batch_size=64) for n in (1, 2)
     )
     (first,), (longer,) = list(few.test_dataloader()), list(many.test_dataloader())
     assert longer["prompt"][:32] == first["prompt"]

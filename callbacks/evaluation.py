@@ -1,0 +1,258 @@
+"""Score what `test` drew against the real images, and write `results/metrics.json`."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from PIL import Image
+
+from callbacks.sample_folder import SampleFolder, settings_of
+from datamodules.attributes import CONDITIONS, PROMPTS
+from datamodules.errors import UserError
+from datamodules.images import find_images
+from datamodules.isic import ISICDataModule
+from datamodules.provenance import data_counts, data_provenance
+from datamodules.sample_tables import MANIFEST
+from lightning_modules.extraction import ImageFiles, ImagePairs, extract
+from lightning_modules.feature_networks import (
+    FeatureNetwork,
+    Unavailable,
+    classifier_features,
+    inception_features,
+    lpips_network,
+    tensor_hash,
+)
+from metrics.alignment import alignment, leakage, prompt_numbers
+from metrics.copies import thumbnails
+from metrics.distribution import distribution_scores
+from metrics.figures import leakage_figure
+from metrics.intervals import cluster_numbers, clustered_mean
+from metrics.memorization import memorization
+from metrics.pairs import Pairs, draw_pairs
+from metrics.real_images import real_rates
+from metrics.results import RESULTS, versions, write_csv, write_results
+from metrics.sheets import pair_sheet
+
+
+class Evaluation(Callback):
+    """Scores the images of the SampleFolder when `test` ends, beside the real test images.
+
+    Writes `results/metrics.json` in the run folder, with each number's n, 95% interval, network and
+    what it rests on, and beside it the leakage matrix and the nearest training images. What needs
+    real images is left out, and says so, when the data module has no root; FID, KID and LPIPS
+    when their networks' weights are not to be had.
+
+    Args:
+        inception: File of Inception weights for FID and KID; null looks in torch's cache, then
+            fetches them.
+        alexnet: File of AlexNet weights for LPIPS; likewise.
+    """
+
+    def __init__(self, inception: str | None = None, alexnet: str | None = None) -> None:
+        self.inception = inception
+        self.alexnet = alexnet
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what cannot work before anything is drawn."""
+        self.samples = _sample_folder(trainer, self)
+        data = trainer.datamodule
+        self.data: ISICDataModule | None = data if data.root is not None else None
+        if self.data is not None:
+            find_images(
+                self.data.folder, pd.concat([self.data.splits.train, self.data.splits.test])
+            )
+        self.networks, self.unavailable = self._load(pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the folder, on all processes together, and write the results on the first."""
+        manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
+        results = {
+            "kind": "samples",
+            "model": "SD+RL" if pl_module.hparams.policy else "SD",
+            **alignment(manifest),
+            "unavailable": self.unavailable,
+            "provenance": self._provenance(trainer, pl_module, manifest),
+        }
+        for name in ("apr", "reward"):
+            pl_module.log(f"test/{name}", results[name], rank_zero_only=True)
+        folder = Path(trainer.default_root_dir) / RESULTS
+        if self.data is not None:
+            results |= self._beside_real(trainer, pl_module, manifest, folder)
+        if not trainer.is_global_zero:
+            return
+        matrix = leakage(manifest)
+        write_csv(folder / "leakage.csv", matrix)
+        leakage_figure({results["model"]: matrix}, folder / "leakage.png")
+        path = write_results(trainer.default_root_dir, results)
+        missing = "".join(
+            f"\n  not to be had: {why}" for why in dict.fromkeys(self.unavailable.values())
+        )
+        rank_zero_info(f"scores of {len(manifest):,} samples in {path}{missing}")
+
+    def _load(
+        self, pl_module: L.LightningModule
+    ) -> tuple[dict[str, FeatureNetwork], dict[str, str]]:
+        """Load the networks that there are; say of the others why not."""
+        networks, unavailable = {}, {}
+        if self.data is None:
+            why = "no real images to compare with: give the ISIC folder as --data.root"
+            return networks, dict.fromkeys(("fid", "kid", "lpips", "copies", "diversity"), why)
+        networks["classifier"] = classifier_features(pl_module.judge.module)
+        try:
+            networks["inception"] = inception_features(self.inception)
+        except Unavailable as why:
+            unavailable |= dict.fromkeys(("fid", "kid"), str(why))
+        try:
+            self.lpips = lpips_network(self.alexnet)
+        except Unavailable as why:
+            unavailable["lpips"], self.lpips = str(why), None
+        for network in networks.values():
+            network.to(pl_module.device)
+        return networks, unavailable
+
+    def _beside_real(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        manifest: pd.DataFrame,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Compare the samples with real images; every process takes part."""
+        sets = self._image_sets(manifest)
+        looks = [*self.networks.values(), _thumbnails, _read_by(pl_module.judge)]
+        workers = self.data.num_workers
+        found = {
+            name: extract(sets[name], looks if name != "train" else [_thumbnails], trainer, workers)
+            for name in ("fake", "test", "train")
+        }
+        fake_prompts = prompt_numbers(manifest)
+        test, train = (_sorted(rows) for rows in (self.data.splits.test, self.data.splits.train))
+        lesions = cluster_numbers([*test["lesion_id"], *train["lesion_id"]])
+        results: dict[str, Any] = {"features": {}, "distribution": {}}
+        pairs = draw_pairs(fake_prompts, prompt_numbers(test), len(CONDITIONS))
+        results["lpips"] = self._perceptual(trainer, sets, pairs, lesions)
+        if not trainer.is_global_zero:
+            return results
+        for i, (name, network) in enumerate(self.networks.items()):
+            fake, real = found["fake"][i], found["test"][i]
+            results["features"][name] = network.described | {"dimensions": fake.shape[1]}
+            results["distribution"][name] = distribution_scores(
+                real, fake, lesions[: len(test)], prompt_numbers(test), fake_prompts
+            )
+        looked = len(self.networks)
+        results["copies"], nearest = memorization(
+            found["fake"][looked], found["test"][looked], found["train"][0], lesions
+        )
+        results["real"] = real_rates(test, found["test"][looked + 1].numpy() > 0)
+        results["counts"] = data_counts(self.data)
+        nearest = nearest.assign(id=manifest["id"][nearest["sample"]].to_numpy())
+        nearest["nearest"] = train["id"][nearest["train"]].to_numpy()
+        write_csv(
+            folder / "nearest.csv", nearest[["id", "nearest", "distance", "copy"]], index=False
+        )
+        pair_sheet(
+            [sets["fake"][row] for row in nearest["sample"]],
+            [sets["train"][row] for row in nearest["train"]],
+            [
+                f"{a} / {b}  d={d:.3f}{' COPY' if copy else ''}"
+                for a, b, d, copy in nearest[["id", "nearest", "distance", "copy"]].values
+            ],
+            folder / "nearest.png",
+        )
+        return results
+
+    def _perceptual(
+        self,
+        trainer: L.Trainer,
+        sets: dict[str, ImageFiles],
+        pairs: Pairs,
+        lesions: NDArray[np.int64],
+    ) -> dict[str, Any]:
+        """Return LPIPS over the pairs; without its network, what the pairs would have been."""
+        entry = {
+            "n": len(pairs.fake),
+            "skipped": [PROMPTS[number] for number in pairs.skipped],
+            "lesions": len(set(lesions[pairs.real])),
+        }
+        if self.lpips is None or not entry["n"]:
+            return {"value": None, "interval": None, **entry}
+        network = self.lpips.to(trainer.strategy.root_device)
+        images = ImagePairs(sets["fake"], sets["test"], list(zip(*pairs[:2], strict=True)))
+        (distances,) = extract(
+            images, [lambda x: _lpips(network, x)], trainer, self.data.num_workers
+        )
+        estimate = clustered_mean(distances.double().numpy(), lesions[pairs.real])
+        described = {"network": "LPIPS v0.1, AlexNet", "sha256": tensor_hash(network)}
+        return {"value": estimate.value, "interval": estimate.interval, **entry, **described}
+
+    def _image_sets(self, manifest: pd.DataFrame) -> dict[str, ImageFiles]:
+        fakes = [self.samples.path_of(name) for name in manifest["id"]]
+        with Image.open(fakes[0]) as first:
+            size = first.width
+        real = {
+            name: ImageFiles(find_images(self.data.folder, _sorted(rows)), size, self.data.resize)
+            for name, rows in (
+                ("test", self.data.splits.test),
+                ("train", self.data.splits.train),
+            )
+        }
+        return {"fake": ImageFiles(fakes, size), **real}
+
+    def _provenance(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, manifest: pd.DataFrame
+    ) -> dict[str, Any]:
+        """Say what the numbers rest on; two runs compare only if all but the policy is equal."""
+        reward = getattr(pl_module.reward, "network", None)
+        return {
+            "sampler": settings_of(trainer, pl_module),
+            "samples": len(manifest),
+            "samples_folder": str(self.samples.root),
+            "pipeline": str(pl_module.hparams.pipeline),
+            "policy": pl_module.hparams.policy,
+            "judge": {
+                "checkpoint": pl_module.hparams.judge,
+                "sha256": tensor_hash(pl_module.judge.module),
+            },
+            "reward": {
+                "class": type(pl_module.reward).__name__,
+                "sha256": tensor_hash(reward.module) if reward else None,
+            },
+            "features": {name: n.described["sha256"] for name, n in self.networks.items()},
+            "data": data_provenance(self.data) if self.data is not None else None,
+            "versions": versions(),
+        }
+
+
+def _sample_folder(trainer: L.Trainer, evaluation: Callback) -> SampleFolder:
+    before = trainer.callbacks[: trainer.callbacks.index(evaluation)]
+    folder = next((c for c in before if isinstance(c, SampleFolder)), None)
+    if folder is None:
+        raise UserError(
+            "the callback Evaluation scores what SampleFolder keeps: put a SampleFolder before it "
+            "under trainer.callbacks, as configs/ddpo.yaml does."
+        )
+    return folder
+
+
+def _sorted(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values("id", ignore_index=True)
+
+
+def _thumbnails(images: torch.Tensor) -> torch.Tensor:
+    return thumbnails(images.float() / 255)
+
+
+def _lpips(network: torch.nn.Module, pairs: torch.Tensor) -> torch.Tensor:
+    one, other = (pairs.float() / 255).unbind(dim=1)
+    with torch.autocast(pairs.device.type, enabled=False):
+        return network(one, other, normalize=True).flatten()
+
+
+def _read_by(judge: torch.nn.Module) -> Any:
+    return lambda images: judge(images.float() / 255)

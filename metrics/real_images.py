@@ -1,0 +1,51 @@
+"""What the judge makes of real images, by subgroup and source: the ceiling of any generator."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from datamodules.attributes import ARTIFACTS, CONDITIONS, short_name
+from metrics.alignment import exact, prompt_numbers, rate
+
+FEW = 30
+
+
+def real_rates(rows: pd.DataFrame, present: NDArray[np.bool_]) -> dict[str, Any]:
+    """Score real images as if their labels were their prompts.
+
+    Labels of artifacts are another network's guesses, wrong now and then; where the judge finds an
+    artifact that its label denies, one of the two is wrong. `absent` says how often it agrees that
+    an artifact is absent: no sample can be held to a higher standard.
+
+    Args:
+        rows: Of the joined table, with the attributes and `source`.
+        present: What the judge read, `(N, 4)`.
+
+    Returns:
+        The rate over all; over each of the 32 `prompts`, with `flag` where n is 0 or below 30;
+        over each `source`; and `present` and `absent` for each artifact.
+    """
+    hits = exact(rows, present)
+    numbers = prompt_numbers(rows)
+    sources = rows["source"].replace("", "unknown").to_numpy()
+    labels = rows[list(ARTIFACTS)].to_numpy() == 1
+    return {
+        **rate(hits),
+        "prompts": {
+            short_name(condition): flagged(rate(hits[numbers == i]))
+            for i, condition in enumerate(CONDITIONS)
+        },
+        "sources": {s: flagged(rate(hits[sources == s])) for s in sorted(set(sources))},
+        "present": {a: flagged(rate(present[labels[:, i], i])) for i, a in enumerate(ARTIFACTS)},
+        "absent": {a: flagged(rate(~present[~labels[:, i], i])) for i, a in enumerate(ARTIFACTS)},
+    }
+
+
+def flagged(entry: dict[str, Any]) -> dict[str, Any]:
+    """Add what a reader must know about a small n."""
+    n = entry["n"]
+    if n >= FEW:
+        return entry
+    return entry | {"flag": "not estimable" if n == 0 else f"n < {FEW}"}
