@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from fault_tolerance.loading import read_checkpoint
 
 
 class Export(Callback):
@@ -40,6 +41,6 @@ class Export(Callback):
         if best is None:
             rank_zero_info("no checkpoint was scored, so the last weights stand for the best")
             return
-        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(best.best_model_path))
         pl_module.load_state_dict(checkpoint["state_dict"])
         rank_zero_info(f"best by {best.monitor}: {best.best_model_score:.4f}")

@@ -5,6 +5,7 @@ checkpoint's hyperparameters name before they check what they are.
 """
 
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,15 @@ from fault_tolerance.manifest import manifest_path, read_manifest, sha256_of
 
 CLASS_KEYS = ("class_path", "_class_path", "_instantiator")
 KNOWN_INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module",)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+)
 
 
 def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
@@ -36,18 +46,8 @@ def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
         require_manifest(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"the checkpoint {path} was not loaded, because it holds more than tensors and plain "
-            f"values, or is damaged:\n  {_refused(error)}\n"
-            "  Such a file can run code when it is opened. Take it from a source that writes plain "
-            "state dicts, or as safetensors."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or cut "
-            "short. Copy the file again, or train again"
-        ) from error
+    except UNREADABLE as error:
+        raise UserError(_cannot_read(path, error)) from error
     if isinstance(checkpoint, dict):
         require_known_classes(checkpoint.get("hyper_parameters", {}), path)
     return checkpoint
@@ -108,8 +108,16 @@ def _is_known(key: str, name: str) -> bool:
     return not module or isinstance(getattr(sys.modules.get(module), attribute, None), type)
 
 
-def _refused(error: Exception) -> str:
-    """Cut torch's advice, which is to switch the protection off, from its message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return named[0] if named else lines[0]
+def _cannot_read(path: Path, error: Exception) -> str:
+    # torch's own message goes on to advise switching the protection off
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return (
+            f"the checkpoint {path} was not loaded: it holds more than tensors and plain values, "
+            f"namely {refused[1]}.\n  Such a file can run code when it is opened. Take it from a "
+            "source that writes plain state dicts, or as safetensors"
+        )
+    return (
+        f"the checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or cut "
+        "short. Copy the file again, or train again"
+    )

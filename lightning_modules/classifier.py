@@ -1,6 +1,5 @@
 """The attribute classifier: reward network with six heads, judge with the four artifacts."""
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from datamodules.attributes import ATTRIBUTES
 from datamodules.errors import UserError
+from fault_tolerance.loading import read_checkpoint
 from lightning_modules.backbone import build_backbone, check_backbone
 from lightning_modules.pos_weight import balanced_weights, given_weights, train_conditions
 from lightning_modules.schedules import warmup_cosine
@@ -207,14 +207,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             "  judge:          python run.py fit --config judge.yaml\n"
             "  (demo/classifier.yaml and demo/judge.yaml for the demo)"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}): it is damaged, cut "
-            "short, or holds more than tensors and plain values. Train the classifier again, or "
-            "copy the file again"
-        ) from error
+    checkpoint = read_checkpoint(path)
     known = isinstance(checkpoint, dict) and checkpoint.get("hyper_parameters", {})
     if not known or "backbone" not in known or "positive_weight" not in checkpoint["state_dict"]:
         raise UserError(f"{path} is a readable checkpoint, but not of an AttributeClassifier")
