@@ -15,7 +15,6 @@ from PIL import Image
 from callbacks.sample_folder import SampleFolder, settings_of
 from datamodules.attributes import CONDITIONS, PROMPTS
 from datamodules.errors import UserError
-from datamodules.images import find_images
 from datamodules.isic import ISICDataModule
 from datamodules.provenance import data_counts, data_provenance
 from datamodules.sample_tables import MANIFEST
@@ -64,9 +63,7 @@ class Evaluation(Callback):
         data = trainer.datamodule
         self.data: ISICDataModule | None = data if data.root is not None else None
         if self.data is not None:
-            find_images(
-                self.data.folder, pd.concat([self.data.splits.train, self.data.splits.test])
-            )
+            self.data.paths(pd.concat([self.data.splits.train, self.data.splits.test]))
         self.networks, self.unavailable = self._load(pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -196,7 +193,7 @@ class Evaluation(Callback):
         with Image.open(fakes[0]) as first:
             size = first.width
         real = {
-            name: ImageFiles(find_images(self.data.folder, _sorted(rows)), size, self.data.resize)
+            name: ImageFiles(self.data.paths(_sorted(rows)), size, self.data.resize)
             for name, rows in (
                 ("test", self.data.splits.test),
                 ("train", self.data.splits.train),

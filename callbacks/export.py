@@ -1,17 +1,24 @@
-"""Leave what was trained in the diffusers format when training ends."""
+"""Leave what was trained in the diffusers format when training ends, with a card."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.model_card import model_card
 from fault_tolerance.loading import read_checkpoint
+from metrics.results import METRICS, RESULTS, write_text
+
+CARD_FILE = "README.md"
 
 
 class Export(Callback):
-    """Writes the module's `export(folder)` at the end of `fit`.
+    """Writes the module's `export(folder)` and a model card at the end of `fit`.
+
+    The card is the folder's README.md; `test` adds its scores to it.
 
     Args:
         dirpath: Folder to write; null writes nothing.
@@ -30,7 +37,18 @@ class Export(Callback):
         if self.weights == "best":
             self._load_best(trainer, pl_module)
         pl_module.export(self.dirpath)
+        self._write_card(pl_module, None)
         rank_zero_info(f"exported the {self.weights} weights to {self.dirpath}")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the scores into the card of what was scored."""
+        results = Path(trainer.default_root_dir) / RESULTS / METRICS
+        exported = self.dirpath and (self.dirpath / CARD_FILE).is_file()
+        if trainer.is_global_zero and exported and results.is_file():
+            self._write_card(pl_module, json.loads(results.read_text()))
+
+    def _write_card(self, pl_module: L.LightningModule, results: dict[str, Any] | None) -> None:
+        write_text(self.dirpath / CARD_FILE, model_card(pl_module, results))
 
     def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = next(

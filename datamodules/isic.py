@@ -194,6 +194,10 @@ class ISICDataModule(LightningDataModule):
         seed = self.seed if flip else None
         return ISICDataset(rows, self.folder, self.size, self.resize, seed, self.images)
 
+    def paths(self, rows: pd.DataFrame) -> list[Path]:
+        """Find the image files of some rows of the joined table."""
+        return find_images(self.folder, rows, self.images)
+
     def describe(self) -> str:
         """Say what the tables hold: the paper's counts, subgroups, leaks. No image is read."""
         seeded = self.split in ("paper", "lesion")

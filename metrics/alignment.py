@@ -7,10 +7,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES, PROMPTS, short_name
+from datamodules.describe import TABLE_ORDER
 from metrics.intervals import wilson_interval
 
 KEYS = tuple(tuple(int(on) for on in condition) for condition in CONDITIONS.tolist())
-TABLE_2 = tuple((d, a) for d in DISEASES for a in ("hair", "gel_bubble", "ink", "ruler"))
+TABLE_2 = tuple((d, a) for d in DISEASES for a in TABLE_ORDER if a in ARTIFACTS)
 """The columns of Table 2: the prompts that ask for exactly one artifact."""
 
 

@@ -36,7 +36,8 @@ for name, backbone in (("classifier", "test_efficientnet"), ("judge", "test_resn
               "--model.image_size=32", f"--trainer.default_root_dir={out}/{name}"])
 run.main(["fit", "--config=sd.yaml", *data, *short, f"--model.pipeline={pipeline}",
           "--model.steps=2", "--trainer.precision=32-true", f"--trainer.default_root_dir={out}/sd"])
-ddpo = ["--config=ddpo.yaml", f"--model.pipeline={out}/sd/pipeline", "--model.steps=2",
+ddpo = ["--config=ddpo.yaml", "--data.root=null", f"--model.pipeline={out}/sd/pipeline",
+        "--model.steps=2",
         f"--model.judge={out}/judge/checkpoints/best.ckpt", "--model.clip_range=0.1",
         f"--model.reward.classifier={out}/classifier/checkpoints/best.ckpt",
         "--data.validation_samples_per_prompt=1", "--data.test_samples_per_prompt=2",
@@ -86,6 +87,10 @@ def test_every_stage_takes_another_vocabulary_and_table(xrays, tiny_pipeline, tm
     assert len(set(asked)) == 16
     assert "a chest X-ray without findings" in asked
     assert "a chest X-ray showing pleural effusion, a support device" in asked
+    card = (out / "ddpo" / "policy" / "README.md").read_text()
+    assert "**Data:** a collection of chest X-rays" in card
+    assert "CC-BY" not in card
+    assert f"| apr | {scores['apr']:.4g}" in card
 
 
 def test_the_shipped_example_and_the_default_are_sound(tmp_path):

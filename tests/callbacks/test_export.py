@@ -1,0 +1,59 @@
+import yaml
+from tiny import prompts, quiet_trainer, tiny_ddpo
+
+from callbacks import Export
+from callbacks.model_card import model_card
+
+RESULTS = {
+    "kind": "samples",
+    "apr": 0.6314, "apr_interval": [0.61, 0.6512], "correct": 1293, "n": 2048,
+    "reward": 0.91,
+    "prompts": {"MEL": {"apr": 0.123456}},
+    "distribution": {"inception": {"fid": {"value": 114.7, "interval": [110.0, 119.0], "n": 2493}}},
+    "provenance": {"seed": 987654},
+    "unavailable": {"kid": "no weights on this machine"},
+}  # fmt: skip
+
+
+def parts(card):
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_tells_data_licence_scores_and_limits(tiny_pipeline, tiny_classifiers):
+    module = tiny_ddpo(tiny_pipeline, tiny_classifiers)
+    head, body = parts(model_card(module, RESULTS))
+    assert head["license"] == "cc-by-nc-4.0"
+    assert head["base_model"] == tiny_pipeline
+    assert head["library_name"] == "diffusers"
+    for told in (
+        "ISIC 2019", "CC-BY-NC-4.0", "not for diagnosis", "32 of them", "load_lora_weights",
+        "| apr | 0.6314 (95% interval 0.61 to 0.6512) |", "| n | 2,048 |", "| reward | 0.91 |",
+        "| distribution inception fid | 114.7 (95% interval 110 to 119), n = 2,493 |",
+        "kid: not measured, no weights on this machine", "`lora_rank`".strip("`"),
+    ):  # fmt: skip
+        assert told in body
+    assert "0.1235" not in body
+    assert "987654" not in body
+    assert "None yet" in parts(model_card(module, None))[1]
+
+
+def test_training_leaves_the_card_and_test_adds_the_scores(
+    tiny_pipeline, tiny_classifiers, tmp_path
+):
+    policy = tmp_path / "policy"
+
+    def trainer():
+        return quiet_trainer(tmp_path, max_epochs=1, callbacks=[Export(str(policy), "last")])
+
+    module = tiny_ddpo(tiny_pipeline, tiny_classifiers, policy=str(policy))
+    trainer().fit(module, prompts())
+    card = (policy / "README.md").read_text()
+    assert "None yet" in card
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "metrics.json").write_text('{"apr": 0.25, "n": 8}')
+    Export(str(policy)).on_test_end(trainer(), module)
+    assert "| apr | 0.25 |" in (policy / "README.md").read_text()
+    # the scores of one folder do not make a card in another
+    Export(str(tmp_path / "other")).on_test_end(trainer(), module)
+    assert not (tmp_path / "other").exists()
