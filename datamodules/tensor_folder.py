@@ -69,7 +69,7 @@ class TensorFolder:
                 unfinished.unlink()
             raise UserError(
                 f"cannot write the cache {self.root}: {error.strerror}.\n"
-                "  Give a folder with space as model.init_args.cache, or null to do without."
+                "  Give another folder (--model.cache, --data.copies), or null to do without."
             ) from error
 
     def _path(self, key: str) -> Path:

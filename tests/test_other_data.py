@@ -32,6 +32,7 @@ findings = "--model.attributes=[effusion, cardiomegaly, pneumothorax, device]"
 run.main(["describe", "--config=classifier.yaml", findings, *data])
 for name, backbone in (("classifier", "test_efficientnet"), ("judge", "test_resnet")):
     run.main(["fit", f"--config={name}.yaml", *data, *short, findings,
+              f"--data.copies={out}/copies",
               f"--model.backbone={backbone}", "--model.pretrained=false",
               "--model.image_size=32", f"--trainer.default_root_dir={out}/{name}"])
 run.main(["fit", "--config=sd.yaml", *data, *short, f"--model.pipeline={pipeline}",

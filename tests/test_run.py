@@ -138,6 +138,7 @@ def tiny_options(name, pipeline, classifiers, isic):
         return [
             f"--model.backbone={backbone}", "--model.pretrained=false", "--model.image_size=32",
             f"--data.root={isic}", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0",
+            "--data.copies=copies" if "demo" not in name else "--data.copies=null",
         ]  # fmt: skip
     sampled = [f"--model.pipeline={pipeline}", "--model.steps=2"]
     if kind == "sd.yaml":
