@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datamodules.annotations import Annotations, read_annotations
 from datamodules.attributes import ATTRIBUTES, prompt_of
 from datamodules.describe import describe
+from datamodules.distortion import distort
 from datamodules.errors import UserError
 from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
@@ -41,6 +42,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
     Attributes:
         latents: Where to read `latents` `(2C, h, w)` in place of `image`; None reads the images.
         copies: Where to read the images; None reads the files.
+        distortion_seed: Distort at random, as (distortion_seed, key) decides; None does not.
 
     Raises:
         UserError: if an image is missing.
@@ -48,6 +50,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
 
     latents: LatentCache | None = None
     copies: ResizedCopies | None = None
+    distortion_seed: int | None = None
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""
         row, flips = key % len(self), self.flips(key)
         if self.latents is None:
-            shown = {"image": self.image(row, flips)}
+            shown = {"image": self.distort(self.image(row, flips), key)}
         else:
             shown = {"latents": self.latents.read(self.paths[row], flips)}
         condition = self.conditions[row]
@@ -93,6 +96,12 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         read = self.copies.read(path) if self.copies else None
         image = read_image(path, self.size, self.resize) if read is None else read
         return image.flip([dim for dim, flip in zip((2, 1), flips, strict=True) if flip])
+
+    def distort(self, image: Tensor, key: int) -> Tensor:
+        """Distort the image as the draw `key` is distorted, if at all."""
+        if self.distortion_seed is None:
+            return image
+        return distort(image, np.random.default_rng([self.distortion_seed, key, 1]))
 
     def flips(self, key: int) -> Flips:
         """Return how the draw `key` is flipped."""
@@ -134,9 +143,11 @@ class ISICDataModule(LightningDataModule):
         batch_size: Images per batch and process.
         num_workers: Processes that read images, for each process that trains.
         augment: Flip training images at random, left-right and up-down.
+        distort: Blur, tint and grain training images at random, too, so that a classifier also
+            reads what is a little off: another camera's images, or a decoder's.
         sampler: `shuffle` draws each training image once per epoch; `balanced` draws with
             replacement, an image as often as its rarest attribute is rare.
-        seed: Of the order and the flips of the training images, together with the epoch.
+        seed: Of the order, flips and distortions of the training images, with the epoch.
     """
 
     def __init__(
@@ -154,6 +165,7 @@ class ISICDataModule(LightningDataModule):
         batch_size: int = 32,
         num_workers: int = 4,
         augment: bool = True,
+        distort: bool = False,
         sampler: Literal["shuffle", "balanced"] = "shuffle",
         seed: int = 42,
     ) -> None:
@@ -180,6 +192,7 @@ class ISICDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = augment
+        self.distort = distort
         self.sampler = sampler
         self.seed = seed
 
@@ -234,6 +247,7 @@ class ISICDataModule(LightningDataModule):
         """Read the tables and find the images that the stage needs."""
         if stage == "fit":
             self.train_set = self.dataset("train", flip=self.augment)
+            self.train_set.distortion_seed = self.seed if self.distort else None
         if stage in ("fit", "validate"):
             self.val_set = self.dataset("val")
         if stage in ("test", "predict"):

@@ -106,6 +106,11 @@ class StableDiffusion(TextToImage):
                 f"cache={self.hparams.cache} keeps the latents of image files, which "
                 f"{type(data).__name__} does not have: set model.init_args.cache: null"
             )
+        if splits[0].distortion_seed is not None:
+            raise UserError(
+                f"cache={self.hparams.cache} keeps one latent an image, and data.init_args.distort "
+                "makes another image of it in every epoch: set one of them to its default"
+            )
         root = Path(self.hparams.cache)
         self.text_cache = TensorFolder(root / f"text-{digest(self.text_encoder)}")
         settings = (digest(self.vae), data.size, data.resize, self.trainer.precision)

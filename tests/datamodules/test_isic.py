@@ -136,6 +136,18 @@ def test_flips_are_exact_and_seeded(folder):
     assert len(seen) == 4
 
 
+def test_training_images_alone_are_distorted_and_each_draw_anew(folder):
+    data = module(folder, augment=False, distort=True, seed=3)
+    data.setup("fit")
+    first, again = data.train_set[0]["image"], data.train_set[0]["image"]
+    later = data.train_set[len(data.train_set)]["image"]
+    plain = module(folder).dataset("train")[0]["image"]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert not torch.equal(first, plain)
+    assert torch.equal(data.val_set[0]["image"], module(folder).dataset("val")[0]["image"])
+
+
 def test_only_training_images_are_flipped(folder):
     data = module(folder)
     data.setup("fit")

@@ -118,6 +118,13 @@ def test_a_cache_that_cannot_be_written(tiny_pipeline, isic, tmp_path):
         fit(module(tiny_pipeline, cache=str(tmp_path / "file")), tmp_path, 1, images_of(isic))
 
 
+def test_a_cache_for_distorted_images(tiny_pipeline, isic, tmp_path):
+    images = images_of(isic)
+    images.distort = True
+    with pytest.raises(UserError, match="one latent an image"):
+        fit(module(tiny_pipeline, cache=str(tmp_path / "cache")), tmp_path, 1, images)
+
+
 def test_a_cache_for_data_without_files(tiny_pipeline, tmp_path):
     with pytest.raises(UserError, match=r"Captioned does not have: set .*cache: null"):
         fit(module(tiny_pipeline, cache=str(tmp_path / "cache")), tmp_path)
