@@ -2,6 +2,7 @@
 
 from callbacks.evaluation import Evaluation
 from callbacks.export import Export
+from callbacks.predictions import Predictions
 from callbacks.progress import InnerProgressBar
 from callbacks.reward_plateau import RewardPlateau
 from callbacks.sample_folder import SampleFolder
@@ -11,6 +12,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "InnerProgressBar",
+    "Predictions",
     "RewardPlateau",
     "SampleFolder",
     "SampleGrid",

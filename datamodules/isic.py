@@ -19,6 +19,7 @@ from datamodules.attributes import ATTRIBUTES, prompt_of
 from datamodules.describe import describe
 from datamodules.distortion import distort
 from datamodules.errors import UserError
+from datamodules.extra_images import ExtraImages, extra_rows
 from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
 from datamodules.resized import ResizedCopies
@@ -67,6 +68,12 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         self.size = size
         self.resize: Resize = resize
         self.flip_seed = flip_seed
+
+    def extend(self, other: "ISICDataset") -> None:
+        """Append another dataset's images, to be read as this one's are."""
+        self.paths = [*self.paths, *other.paths]
+        self.ids = [*self.ids, *other.ids]
+        self.conditions = torch.cat([self.conditions, other.conditions])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -147,6 +154,7 @@ class ISICDataModule(LightningDataModule):
             reads what is a little off: another camera's images, or a decoder's.
         sampler: `shuffle` draws each training image once per epoch; `balanced` draws with
             replacement, an image as often as its rarest attribute is rare.
+        extra: Images to add to the training split (Table 4); null for none.
         seed: Of the order, flips and distortions of the training images, with the epoch.
     """
 
@@ -167,6 +175,7 @@ class ISICDataModule(LightningDataModule):
         augment: bool = True,
         distort: bool = False,
         sampler: Literal["shuffle", "balanced"] = "shuffle",
+        extra: ExtraImages | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -194,6 +203,7 @@ class ISICDataModule(LightningDataModule):
         self.augment = augment
         self.distort = distort
         self.sampler = sampler
+        self.extra = extra
         self.seed = seed
 
     @property
@@ -248,6 +258,9 @@ class ISICDataModule(LightningDataModule):
         if stage == "fit":
             self.train_set = self.dataset("train", flip=self.augment)
             self.train_set.distortion_seed = self.seed if self.distort else None
+            if self.extra is not None:
+                root, rows = extra_rows(self.extra, self.splits.train, self.folder, self.seed)
+                self.train_set.extend(ISICDataset(rows, root, self.size))
         if stage in ("fit", "validate"):
             self.val_set = self.dataset("val")
         if stage in ("test", "predict"):

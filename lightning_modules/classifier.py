@@ -132,9 +132,10 @@ class AttributeClassifier(L.LightningModule):
         """Log the scores of the validation split."""
         self._log_scores("val", self.val_scores)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score one batch of the test split."""
-        self._evaluate(batch, "test", self.test_scores)
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Score one batch of the test split; return its `id`, `logits` and `targets`."""
+        logits = self._evaluate(batch, "test", self.test_scores)
+        return {"id": batch["id"], "logits": logits, "targets": self.targets(batch)}
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the test split."""
@@ -147,7 +148,7 @@ class AttributeClassifier(L.LightningModule):
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight)
 
-    def _evaluate(self, batch: Batch, split: str, scores: AttributeScores) -> None:
+    def _evaluate(self, batch: Batch, split: str, scores: AttributeScores) -> Tensor:
         logits, targets = self(batch["image"]), self.targets(batch)
         scores.update(logits, targets.long())
         loss = self._loss(logits, targets)
@@ -160,6 +161,7 @@ class AttributeClassifier(L.LightningModule):
             sync_dist=True,
             prog_bar=True,
         )
+        return logits
 
     def _log_scores(self, split: str, scores: AttributeScores) -> None:
         computed = scores.compute()
