@@ -1,4 +1,7 @@
-"""The whole command line: `python run.py fit|validate|test|predict|describe --config NAME.yaml`."""
+"""The whole command line: `python run.py fit|validate|test|predict|describe --config NAME.yaml`.
+
+And `python run.py report RUN...` on what those left.
+"""
 
 import difflib
 import inspect
@@ -10,14 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import ActionConfigFile, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import callbacks
 import datamodules
@@ -29,6 +32,7 @@ from fault_tolerance.preemption import Preemption
 from fault_tolerance.resume import Resume
 from fault_tolerance.run_folder import Room, claim
 from fault_tolerance.settings import settings_of
+from metrics.report import report, run_folders
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -219,8 +223,26 @@ class CommandLine(LightningCLI):
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""
 
 
-def main(args: ArgsType = None) -> CommandLine:
+def report_parser(**options: Any) -> ArgumentParser:
+    """Return the parser of `report`, which needs runs and no configuration."""
+    parser = ArgumentParser(
+        description="Write the paper's tables and figures of finished runs.", **options
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="run folders, or folders that hold some", metavar="RUN"
+    )
+    parser.add_argument("--output", type=Path | None, help="folder to write; default: RUN/report")
+    return parser
+
+
+def main(args: ArgsType = None) -> CommandLine | Path:
     """Run the command line; `args` stands in for `sys.argv[1:]`."""
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] == "report":
+        asked = report_parser(prog="run.py report").parse_args(given[1:])
+        written = report(run_folders(asked.runs), asked.output)
+        rank_zero_info(f"report in {written}")
+        return written
     if args is not None:
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
     return CommandLine(

@@ -1,6 +1,6 @@
 """Table 4: train the classifier on real and on augmented data, with several seeds.
 
-    python table4.py --config classifier.yaml --run runs --per_subgroup 60
+    python table4.py --classifier classifier.yaml --run runs --per_subgroup 60
 
 Each arm and seed is a command that you could type, printed as it runs; one that has finished is not
 run again. What it leaves, `python run.py report` turns into the table.
@@ -21,7 +21,7 @@ ARMS = ("real", "oversampling", "sd", "sd_rl")
 
 
 def commands(
-    arm: str, seed: int, run: Path, config: str, per_subgroup: int, options: list[str]
+    arm: str, seed: int, run: Path, classifier: str, per_subgroup: int, options: list[str]
 ) -> list[list[str]]:
     """Return the command that trains an arm with a seed, and the one that tests it."""
     folder = run / "table4" / arm / f"seed_{seed}"
@@ -32,7 +32,7 @@ def commands(
         "sd_rl": str(run / "ddpo" / "samples"),
     }
     common = [
-        "--config", config, "--seed_everything", str(seed),
+        "--config", classifier, "--seed_everything", str(seed),
         "--trainer.default_root_dir", str(folder),
         "--trainer.callbacks.arm", arm,
         *options,
@@ -54,7 +54,7 @@ def train_and_test(lines: list[list[str]]) -> None:
 
 
 def table_4(
-    config: str = "classifier.yaml",
+    classifier: str = "classifier.yaml",
     run: Path = Path("runs"),
     per_subgroup: int = 60,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 - read only
@@ -64,7 +64,7 @@ def table_4(
     """Train and test every arm with every seed.
 
     Args:
-        config: The classifier's configuration.
+        classifier: Its configuration.
         run: Folder that holds the runs of SD (`sd`) and SD+RL (`ddpo`) with their samples; the arms
             go to `table4` in it.
         per_subgroup: Images added for each of the 32 subgroups, in each arm but the real one.
@@ -75,7 +75,7 @@ def table_4(
     if len(set(seeds)) < 3:
         raise UserError(f"Table 4 needs at least three different seeds, given are {seeds}.")
     todo = [
-        commands(arm, seed, run, config, per_subgroup, options)
+        commands(arm, seed, run, classifier, per_subgroup, options)
         for seed in seeds
         for arm in ARMS
         if not (run / "table4" / arm / f"seed_{seed}" / "results" / "metrics.json").exists()

@@ -260,7 +260,8 @@ class ISICDataModule(LightningDataModule):
             self.train_set.distortion_seed = self.seed if self.distort else None
             if self.extra is not None:
                 root, rows = extra_rows(self.extra, self.splits.train, self.folder, self.seed)
-                self.train_set.extend(ISICDataset(rows, root, self.size))
+                images = self.images if root == self.folder else INPUT
+                self.train_set.extend(ISICDataset(rows, root, self.size, images=images))
         if stage in ("fit", "validate"):
             self.val_set = self.dataset("val")
         if stage in ("test", "predict"):

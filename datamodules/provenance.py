@@ -17,6 +17,7 @@ def data_provenance(data: ISICDataModule) -> dict[str, Any]:
         "split": data.split,
         "split_seed": data.split_seed,
         "resize": data.resize,
+        "images_folder": data.images,
         "images": {name: len(rows) for name, rows in data.splits._asdict().items()},
         "sha256": split_hash(data),
     }

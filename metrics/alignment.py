@@ -11,8 +11,12 @@ from datamodules.describe import TABLE_ORDER
 from metrics.intervals import wilson_interval
 
 KEYS = tuple(tuple(int(on) for on in condition) for condition in CONDITIONS.tolist())
-TABLE_2 = tuple((d, a) for d in DISEASES for a in TABLE_ORDER if a in ARTIFACTS)
-"""The columns of Table 2: the prompts that ask for exactly one artifact."""
+TABLE_2 = {
+    "+".join(a for a in (d, artifact) if a): tuple(int(a in (d, artifact)) for a in ATTRIBUTES)
+    for d in DISEASES or (None,)
+    for artifact in [a for a in TABLE_ORDER if a in ARTIFACTS]
+}
+"""The columns of Table 2, with their conditions: the prompts that ask for exactly one artifact."""
 
 
 def readings(manifest: pd.DataFrame, reader: str) -> NDArray[np.bool_] | None:
@@ -60,7 +64,7 @@ def alignment(manifest: pd.DataFrame) -> dict[str, Any]:
     """
     hits = exact(manifest, readings(manifest, "judge"))
     asked = prompt_numbers(manifest)
-    columns = {f"{d}+{a}": asked == _number(d, a) for d, a in TABLE_2}
+    columns = {name: asked == KEYS.index(key) for name, key in TABLE_2.items()}
     result = {
         **rate(hits),
         "reward": float(manifest["reward"].mean()),
@@ -86,11 +90,7 @@ def leakage(manifest: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame(np.nan, index=manifest.index, columns=list(ATTRIBUTES))
     shown[list(ARTIFACTS)] = readings(manifest, "judge").astype(float)
     of_reward = readings(manifest, "reward")
-    if of_reward is not None:
+    if of_reward is not None and DISEASES:
         shown[list(DISEASES)] = of_reward[:, len(ARTIFACTS) :].astype(float)
     by_prompt = shown.groupby(prompt_numbers(manifest)).mean().reindex(range(len(CONDITIONS)))
     return by_prompt.set_axis([short_name(c) for c in CONDITIONS]).rename_axis("prompt")
-
-
-def _number(disease: str, artifact: str) -> int:
-    return KEYS.index(tuple(int(a in (disease, artifact)) for a in ATTRIBUTES))

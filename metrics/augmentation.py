@@ -98,8 +98,9 @@ def compare(
     formula = FORMULAS[score]
     ours = np.stack([formula(truth, said, weights) for said in arm])
     theirs = np.stack([formula(truth, said, weights) for said in reference])
-    value, interval, _ = _interval(ours)
+    value, (low, high), _ = _interval(ours)
     difference, difference_interval, p = _interval(ours - theirs)
+    interval = (max(low, 0.0), min(high, 1.0))
     return Gain(value, interval, difference, difference_interval, p)
 
 
