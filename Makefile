@@ -12,7 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 PY = .venv/bin/python
 BASE = runs/base
 
-.PHONY: help demo test lint base
+.PHONY: help demo report test lint base
 help:               ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -23,6 +23,15 @@ help:               ## list the targets
 
 demo: .venv/installed   ## every stage at a small size, in minutes on a laptop
 	$(PY) demo.py --seed $(SEED) --run $(RUN)
+
+# on two cores: each process of `test` and each arm of Table 4 computes on one thread
+TEST = OMP_NUM_THREADS=1 DEMO=$(RUN) $(PY) run.py test --config demo/ddpo.yaml --seed_everything $(SEED) --trainer.devices 2 --trainer.strategy ddp
+
+report: .venv/installed   ## the paper's tables and figures, after `make demo`
+	test -f $(RUN)/sd/results/leakage.csv || $(TEST) --model.policy null --trainer.default_root_dir $(RUN)/sd
+	test -f $(RUN)/ddpo/results/leakage.csv || $(TEST)
+	OMP_NUM_THREADS=1 $(PY) table4.py --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
+	$(PY) run.py report $(RUN)
 
 base: .venv/installed   ## make the embedded base again (an hour or two) and measure its gates
 	test -d $(BASE)/isic || $(PY) -m datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2

@@ -1,9 +1,9 @@
 """Copies of training images among samples: a comparison that survives edits, and its calibration.
 
 No pretrained network is needed. Two images are compared by the correlation of their fine structure
-(grey thumbnails without their smooth part, so that shifts of brightness and colour drop out) over
-mirrorings and crops: the largest counts. What is a copy is calibrated on real images: as near
-to a training image of another lesion is one in a hundred real test images.
+(grey thumbnails without their smooth part and of level contrast, so that shifts of brightness and
+colour drop out) over mirrorings and crops: the largest counts. What is a copy is calibrated on real
+images: as near to a training image of another lesion is one in a hundred real test images.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ ALIGNMENTS = ((1.0, 0, 0), *product((0.95, 0.9, 0.85), PLACES, PLACES))
 """Share of the side that a crop keeps, and where it lies: -1 at the left or top, 1 at the other."""
 PROPOSED, REFINED, CHUNK = 16, 3, 128
 CALIBRATION = 0.01
+LEVEL = 0.1
+"""Contrast below this share of the image's own is not amplified to the full."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,17 @@ def _cropped(images: Tensor, view: tuple[float, float, float], side: int) -> Ten
 
 
 def _unit(images: Tensor, side: int) -> Tensor:
-    """Reduce, take away what is smooth, and scale to unit length, flat."""
+    """Reduce, take away what is smooth, level the contrast, and scale to unit length, flat.
+
+    With its contrast as it is, a dark lesion on plain skin would look like any other.
+    """
     small = F.interpolate(images, (side, side), mode="area")
-    reach = side // 8
-    smooth = F.avg_pool2d(small, 2 * reach + 1, 1, reach, count_include_pad=False)
-    return F.normalize((small - smooth).flatten(1), dim=1, eps=1e-3)
+    band = small - _local_mean(small, side // 8)
+    if side != COARSE:
+        power = _local_mean(band**2, side // 8)
+        band = band / (power + LEVEL * (band**2).mean((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+    return F.normalize(band.flatten(1), dim=1, eps=1e-6)
+
+
+def _local_mean(images: Tensor, reach: int) -> Tensor:
+    return F.avg_pool2d(images, 2 * reach + 1, 1, reach, count_include_pad=False)

@@ -11,9 +11,9 @@ from datamodules.images import INPUT, find_images
 from datamodules.isic import ISICDataModule
 from lightning_modules.extraction import ImageFiles
 from metrics.alignment import TABLE_2, exact, prompt_numbers, readings
-from metrics.runs import Runs
+from metrics.runs import MODELS, Missing, Runs
 from metrics.sheets import table_sheet
-from metrics.tables import MODELS, Missing, counts_of
+from metrics.tables import counts_of
 
 SHOWN = 5
 FEW_REAL = 20

@@ -15,8 +15,8 @@ from metrics.alignment import leakage
 from metrics.figures import leakage_figure
 from metrics.pictures import few_real_figure, prompt_figure, same_seed_figure
 from metrics.results import write_csv, write_text
-from metrics.runs import Runs, find_runs
-from metrics.tables import BUILDERS, MODELS, Missing, Table, augmentation_scores, require_models
+from metrics.runs import MODELS, Missing, Runs, find_runs
+from metrics.tables import BUILDERS, Table, augmentation_scores, require_models
 
 
 def report(runs: list[Path], output: Path | None = None) -> Path:

@@ -12,10 +12,15 @@ from datamodules.errors import UserError
 from datamodules.sample_tables import MANIFEST
 from metrics.results import METRICS, RESULTS
 
+MODELS = ("SD", "SD+RL")
 DEPTH = 4
 MAY_DIFFER = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
               "data.artifacts_csv", "judge.checkpoint", "extra", "sha256")  # fmt: skip
 """What differs between runs that compare: what is compared, and where things lie."""
+
+
+class Missing(Exception):
+    """Something to report is not there: the message names the command that makes it."""
 
 
 @dataclass

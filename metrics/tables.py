@@ -8,13 +8,13 @@ import pandas as pd
 from datamodules.attributes import CONDITIONS, WORDS, short_name
 from datamodules.describe import PAPER_REAL_SAMPLES, PAPER_TABLE_1, TABLE_ORDER
 from metrics import paper
-from metrics.alignment import TABLE_2, exact, prompt_numbers, readings
+from metrics.alignment import TABLE_2, prompt_numbers
 from metrics.augmentation import table_4
-from metrics.intervals import is_evidence, mcnemar, paired_share_difference
+from metrics.intervals import mcnemar
 from metrics.real_images import FEW
-from metrics.runs import Runs
+from metrics.runs import MODELS, Missing, Runs
+from metrics.wording import gain, gain_cell, paired_hits, percent, score_cell, value_cell
 
-MODELS = ("SD", "SD+RL")
 ARMS = {
     "real": "Real",
     "oversampling": "Real + oversampling",
@@ -41,10 +41,6 @@ class Table(NamedTuple):
     title: str
     rows: pd.DataFrame
     notes: list[str]
-
-
-class Missing(Exception):
-    """A table's inputs are not there: the message names the command that makes them."""
 
 
 def require_models(runs: Runs) -> None:
@@ -129,7 +125,7 @@ def quality_table(runs: Runs) -> Table:
         notes.append(
             f"classifier features: those of the judge ({network['network']}, "
             f"{network['dimensions']} features, sha256 {network['sha256'][:12]}); not "
-            "Inception's, so not FID. The floor is the distance of two halves of the real test images."
+            "Inception's, so not FID. The floor is the distance of two real halves."
         )
         notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
     notes += [f"Not to be had: {why}." for why in dict.fromkeys(some["unavailable"].values())]
@@ -149,8 +145,8 @@ def augmentation_table(runs: Runs) -> Table:
             cells = {row["score"]: row for row in of_arm.to_dict("records")}
             row = {"attribute": WORDS[attribute], "training": title}
             for score, name in (("f1", "F1"), ("accuracy", "accuracy %"), ("auroc", "AUROC")):
-                row[name] = _score_cell(cells[score], 100 if score == "accuracy" else 1)
-                row[f"{name.split()[0]} vs real"] = _gain_cell(cells[score])
+                row[name] = score_cell(cells[score], 100 if score == "accuracy" else 1)
+                row[f"{name.split()[0]} vs real"] = gain_cell(cells[score])
             theirs = paper.TABLE_4.get(arm, {}).get(attribute)
             row["paper F1, accuracy"] = f"{theirs[0]:.2f}, {theirs[1]:.2f}" if theirs else "-"
             rows.append(row)
@@ -213,36 +209,6 @@ BUILDERS: Mapping[str, Callable[[Runs], Table]] = {
 }
 
 
-def paired_hits(runs: Runs) -> pd.DataFrame:
-    """Return for each sample whether SD and SD+RL drew all four artifacts as asked."""
-    manifests = {model: runs.manifest(model) for model in MODELS}
-    one, other = manifests.values()
-    if not one["id"].equals(other["id"]) or not one["noise_key"].equals(other["noise_key"]):
-        raise Missing("from samples of the same prompts and noise: score both models alike")
-    return pd.DataFrame(
-        {m: exact(table, readings(table, "judge")) for m, table in manifests.items()}
-    )
-
-
-def gain(hits: pd.DataFrame, rows: Any) -> str:
-    """Word the difference SD+RL - SD over some samples, in percentage points."""
-    some = hits[rows]
-    if not len(some):
-        return "-"
-    estimate = paired_share_difference(some["SD"].to_numpy(), some["SD+RL"].to_numpy())
-    low, high = (100 * bound for bound in estimate.interval)
-    said = "" if is_evidence(estimate.interval) else ", no evidence"
-    return f"{100 * estimate.value:+.1f} [{low:+.1f}, {high:+.1f}]{said}"
-
-
-def percent(entry: dict[str, Any]) -> str:
-    """Word a rate in percent with its interval."""
-    if entry["apr"] is None:
-        return "not estimable"
-    low, high = (100 * bound for bound in entry["apr_interval"])
-    return f"{100 * entry['apr']:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def _mcnemar(hits: pd.DataFrame) -> float:
     one, other = hits["SD"], hits["SD+RL"]
     return mcnemar(int((one & ~other).sum()), int((~one & other).sum()))
@@ -255,9 +221,9 @@ def _quality(results: dict[str, Any]) -> dict[str, str]:
         "APR6 %": percent(results["apr6"]) if "apr6" in results else "-",
     }
     inception = distances.get("inception", {})
-    cells["FID"] = _value(inception.get("frechet"), 2)
-    cells["KID"] = _value(inception.get("kernel"), 4)
-    cells["LPIPS"] = _value(results.get("lpips"), 3)
+    cells["FID"] = value_cell(inception.get("frechet"), 2)
+    cells["KID"] = value_cell(inception.get("kernel"), 4)
+    cells["LPIPS"] = value_cell(results.get("lpips"), 3)
     ours = distances.get("classifier", {})
     for title, name, digits in (
         ("kernel distance, classifier features", "kernel", 3),
@@ -274,32 +240,8 @@ def _quality(results: dict[str, Any]) -> dict[str, str]:
         ("of real images", "diversity_real", 2),
     ):
         title += " " * (title in cells)
-        cells[title] = _value(ours.get(name), digits)
+        cells[title] = value_cell(ours.get(name), digits)
     if "copies" in results:
         copies = results["copies"]
         cells["copies of training images"] = f"{copies['copies']} of {copies['n']:,}"
     return cells
-
-
-def _value(entry: dict[str, Any] | None, digits: int) -> str:
-    if entry is None or entry["value"] is None:
-        return "-"
-    text = f"{entry['value']:.{digits}f}"
-    if entry.get("interval"):
-        low, high = entry["interval"]
-        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return text + (" !" if entry.get("flag") else "")
-
-
-def _score_cell(row: dict[str, Any], scale: float) -> str:
-    if pd.isna(row["value"]):
-        return "not estimable"
-    digits = 1 if scale > 1 else 3
-    value, low, high = (scale * row[name] for name in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _gain_cell(row: dict[str, Any]) -> str:
-    if pd.isna(row.get("difference", float("nan"))):
-        return "-"
-    return f"{row['difference']:+.3f}, {row['verdict']}"

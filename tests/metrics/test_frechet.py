@@ -105,19 +105,19 @@ def test_intervals_hold_the_value_of_endless_samples(estimate):
     """A shift of 1 in each of 4 white dimensions; the interval covers it as often as it says."""
     truth = {frechet_estimate: 4.0}.get(estimate)
     held, widths = 0, []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
-        real = torch.from_numpy(rng.normal(size=(1200, 4)))
-        fake = torch.from_numpy(rng.normal(size=(1200, 4)) + 1)
+        real = torch.from_numpy(rng.normal(size=(300, 4)))
+        fake = torch.from_numpy(rng.normal(size=(300, 4)) + 1)
         if truth is None:
             big = np.random.default_rng(10**6)
-            far = [torch.from_numpy(big.normal(size=(4000, 4)) + s) for s in (0, 1)]
+            far = [torch.from_numpy(big.normal(size=(3000, 4)) + s) for s in (0, 1)]
             truth = kernel_distance(*far)
-        groups = torch.arange(1200) % 20
+        groups = torch.arange(300) % 20
         low, high = estimate(real, fake, groups, groups).interval
         held += low <= truth <= high
         widths.append(high - low)
-    assert held >= 51
+    assert held >= 34
     assert max(widths) < truth
 
 

@@ -59,14 +59,16 @@ def test_paired_differences_cover(both, first, second, n):
     assert 0.93 <= held / 500 <= 0.975
 
 
-def test_newcombes_own_example():
-    """Newcombe (1998, Statistics in Medicine 17:2635), table II a: 36, 14, 2 and 48... as given by
-    his formula worked by hand for 20, 12, 2, 16 pairs."""
+def test_a_paired_difference_turns_its_sign_with_the_order():
     one = np.repeat([True, True, False, False], [20, 12, 2, 16])
     other = np.repeat([True, False, True, False], [20, 12, 2, 16])
-    estimate = paired_share_difference(one, other)
+    estimate, turned = paired_share_difference(one, other), paired_share_difference(other, one)
     assert estimate.value == pytest.approx(-0.2)
-    assert estimate.interval == pytest.approx((-0.3342, -0.0562), abs=2e-3)
+    assert estimate.interval == pytest.approx([-bound for bound in reversed(turned.interval)])
+    assert estimate.interval[0] < estimate.value < estimate.interval[1] < 0
+    nothing = paired_share_difference(one, one)
+    assert nothing.value == 0
+    assert nothing.interval[0] <= 0 <= nothing.interval[1]
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
