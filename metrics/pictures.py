@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.attributes import CONDITIONS, WORDS, short_name
-from datamodules.images import INPUT, find_images
+from datamodules.images import INPUT
 from datamodules.isic import ISICDataModule
 from lightning_modules.extraction import ImageFiles
 from metrics.alignment import TABLE_2, exact, prompt_numbers, readings
@@ -48,7 +48,7 @@ def prompt_figure(runs: Runs, path: Path) -> None:
     samples = {model: _Samples(runs, model) for model in MODELS}
     size = samples["SD"].files.size
     test = data.splits.test.sort_values("id", ignore_index=True)
-    real = ImageFiles(find_images(data.folder, test, data.images), size, data.resize)
+    real = ImageFiles(data.paths(test), size, data.resize)
     of_prompt = prompt_numbers(test)
     cells = [
         [
