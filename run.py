@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -26,6 +26,7 @@ import callbacks
 import datamodules
 import lightning_modules
 from datamodules.errors import UserError
+from datamodules.leaks import require_no_leaks
 from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.curves import Curves
 from fault_tolerance.preemption import Preemption
@@ -167,14 +168,25 @@ class Trainer(L.Trainer):
         self,
         model: L.LightningModule | None = None,
         datamodule: L.LightningDataModule | None = None,
+        leaks: Literal["tables", "report", "strict"] = "tables",
     ) -> None:
         """Print what the tables hold: splits, subgroups, lesions. Needs no images.
 
         Args:
             model: Not used.
             datamodule: The data to describe.
+            leaks: `tables` counts the lesions that two splits share. `report` reads the images and
+                lists each pair: of one lesion, of near-duplicates under other ids, and generated
+                images among the held-out ones. `strict` ends with an error if there are any.
         """
         print(datamodule.describe())
+        if leaks != "tables":
+            found = datamodule.leaks()
+            print(f"\nLeaks between the splits: {len(found):,}")
+            for leak in found:
+                print(f"  {leak}")
+            if leaks == "strict":
+                require_no_leaks(found)
 
 
 class CommandLine(LightningCLI):

@@ -22,6 +22,7 @@ from datamodules.errors import UserError
 from datamodules.extra_images import ExtraImages, extra_rows
 from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
+from datamodules.leaks import Leak, find_leaks
 from datamodules.resized import ResizedCopies
 from datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
 from datamodules.splits import Splits, make_splits
@@ -240,6 +241,10 @@ class ISICDataModule(LightningDataModule):
         seeded = self.split in ("paper", "lesion")
         split = f"{self.split} (seed {self.split_seed})" if seeded else self.split
         return describe(self.annotations, self.splits, f"> {self.threshold}", split)
+
+    def leaks(self) -> list[Leak]:
+        """Look at all images for what the splits should not share."""
+        return find_leaks(self.splits, {n: self.paths(r) for n, r in self.splits._asdict().items()})
 
     def prepare_data(self) -> None:
         """Make the copies of all splits' images that are not there yet; one process a machine."""

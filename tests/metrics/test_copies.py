@@ -41,14 +41,14 @@ def edited(path, edit, rng):
 
 @pytest.fixture(scope="module")
 def real():
-    """Thumbnails of true images: 450 of train, 170 of test, 140 held out, and their lesions."""
+    """Thumbnails of true images: 300 of train, 150 of test, 120 held out, and their lesions."""
     if not REAL.is_dir():
         pytest.skip(f"no folder {REAL}")
     data = ISICDataModule(str(REAL), split=str(REAL / "splits"))
     rows = {
-        "train": data.splits.train.head(450),
-        "test": data.splits.test,
-        "held_out": data.splits.val,
+        "train": data.splits.train.head(300),
+        "test": data.splits.test.head(150),
+        "held_out": data.splits.val.head(120),
     }
     paths = {name: find_images(data.folder, frame) for name, frame in rows.items()}
     shown = {name: thumbnails(squashed(some)) for name, some in paths.items()}
@@ -60,7 +60,7 @@ def real():
 def test_planted_copies_are_found_and_real_images_are_not(real):
     paths, shown, lesions = real
     rng = np.random.default_rng(0)
-    sources = rng.choice(450, 40, replace=False).reshape(4, 10)
+    sources = rng.choice(300, 40, replace=False).reshape(4, 10)
     edits = ("exact", "mirrored", "cropped", "coloured")
     planted = [
         edited(paths["train"][row], edit, rng)
@@ -77,11 +77,9 @@ def test_planted_copies_are_found_and_real_images_are_not(real):
     assert exact == mirrored == 10
     assert cropped >= 8
     assert coloured >= 8
-    # one in a hundred of the images that calibrate, and of others as chance has it
-    of_test = nearest(shown["test"], shown["train"], lesions["test"], lesions["train"])
-    assert (of_test.distance < counts["threshold"]).mean() <= 0.0116
+    # one in a hundred is expected; as many as chance gives one time in a hundred are let pass
     apart = nearest(shown["held_out"], shown["train"], lesions["held_out"], lesions["train"])
-    assert (apart.distance < counts["threshold"]).sum() <= 5
+    assert (apart.distance < counts["threshold"]).sum() <= 4
     assert counts["copies"] >= right.sum()
     assert counts["n"] == len(fakes)
     assert sheet["distance"].is_monotonic_increasing
@@ -93,7 +91,7 @@ def test_the_same_lesion_does_not_calibrate(real):
     """A second photograph of a training lesion is near it, and would make copies look usual."""
     _, shown, _ = real
     test = torch.cat([shown["test"][:50], shown["train"][:5]])
-    names = np.arange(50 + 450)
+    names = np.arange(50 + 300)
     mates = np.concatenate([names[:50], names[50:55]])
     apart = nearest(test, shown["train"], mates, names[50:])
     mixed = nearest(test, shown["train"])
@@ -103,7 +101,7 @@ def test_the_same_lesion_does_not_calibrate(real):
 
 def test_the_nearest_does_not_depend_on_company(real):
     _, shown, _ = real
-    whole = nearest(shown["test"][:150], shown["train"][:200])
-    few = nearest(shown["test"][140:150], shown["train"][:200])
-    np.testing.assert_array_equal(whole.row[140:], few.row)
-    np.testing.assert_allclose(whole.distance[140:], few.distance, atol=1e-5)
+    whole = nearest(shown["test"][:40], shown["train"][:100])
+    few = nearest(shown["test"][30:40], shown["train"][:100])
+    np.testing.assert_array_equal(whole.row[30:], few.row)
+    np.testing.assert_allclose(whole.distance[30:], few.distance, atol=1e-5)
