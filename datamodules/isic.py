@@ -90,13 +90,16 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
             shown = {"image": self.distort(self.image(row, flips), key)}
         else:
             shown = {"latents": self.latents.read(self.paths[row], flips)}
-        condition = self.conditions[row]
         return {
             **shown,
-            "condition": condition,
-            "prompt": prompt_of(condition),
+            "condition": self.conditions[row],
+            "prompt": self.prompt(row),
             "id": self.ids[row],
         }
+
+    def prompt(self, row: int) -> str:
+        """Return the caption of an image."""
+        return prompt_of(self.conditions[row])
 
     def image(self, row: int, flips: Flips) -> Tensor:
         """Read an image, `(3, S, S)` in [0, 1], and flip it."""

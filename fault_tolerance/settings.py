@@ -11,6 +11,8 @@ NEUTRAL = frozenset(
         # what is written or measured
         "model.policy",
         "model.judge",
+        "model.cache",
+        "data.copies",
         "data.validation_samples_per_prompt",
         "data.test_samples_per_prompt",
         "data.eval_batch_size",

@@ -7,6 +7,7 @@ from PIL import Image
 from tiny import distance, state_of
 
 from datamodules.errors import UserError
+from fault_tolerance.settings import settings_of
 from lightning_modules import StableDiffusion
 from lightning_modules.pipelines import load_pipeline, save_pipeline
 
@@ -128,3 +129,16 @@ def test_a_cache_for_distorted_images(tiny_pipeline, isic, tmp_path):
 def test_a_cache_for_data_without_files(tiny_pipeline, tmp_path):
     with pytest.raises(UserError, match=r"Captioned does not have: set .*cache: null"):
         fit(module(tiny_pipeline, cache=str(tmp_path / "cache")), tmp_path)
+
+
+def test_a_cache_that_grew_is_no_other_experiment(tmp_path):
+    def settings():
+        init = {"pipeline": "owner/name", "cache": str(tmp_path / "cache")}
+        data = {"class_path": "ISICDataModule", "init_args": {"copies": str(tmp_path / "copies")}}
+        return settings_of({"model": {"class_path": "M", "init_args": init}, "data": data})
+
+    before = settings()
+    for folder in ("cache", "copies"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "entry").write_text("new")
+    assert settings() == before
