@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ def our_loop(
 
 def rates(ends: Times, batch_size: int) -> dict[str, float]:
     """Return images a second by wall and by CPU time: the median step, the first ones left out."""
-    steps = [(wall - w, cpu - c) for (w, c), (wall, cpu) in zip(ends[:-1], ends[1:], strict=True)]
+    steps = [(wall - w, cpu - c) for (w, c), (wall, cpu) in pairwise(ends)]
     wall, cpu = zip(*steps[WARM_UP:], strict=True)
     return {
         "images_per_second": round(batch_size / statistics.median(wall), 3),
