@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import lightning as L
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -33,6 +34,7 @@ from fault_tolerance.preemption import Preemption
 from fault_tolerance.resume import Resume
 from fault_tolerance.run_folder import Room, claim
 from fault_tolerance.settings import settings_of
+from fault_tolerance.watchdog import Watchdog
 from metrics.report import report, run_folders
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -209,6 +211,7 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has and that have options of their own."""
         parser.add_lightning_class_args(Resume, "resume")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
 
     def before_instantiate_classes(self) -> None:
         """Claim the run folder while nothing is built yet."""
@@ -225,6 +228,13 @@ class CommandLine(LightningCLI):
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
+        precision = str(self._get(self.config_init, "trainer").precision)
+        if precision.startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
+            # Lightning would take another one in its place
+            raise UserError(
+                f"precision {precision} needs a GPU, and this run is on the CPU. Allowed here are "
+                "32-true and bf16-mixed: --trainer.precision 32-true"
+            )
         # first, so that it leaves before anything of a batch is logged
         trainer.callbacks.insert(0, Preemption())
         resume = next(c for c in trainer.callbacks if isinstance(c, Resume))

@@ -13,9 +13,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from datamodules.errors import UserError
-from fault_tolerance.faults import fault_point
 from fault_tolerance.loading import read_checkpoint
 from fault_tolerance.manifest import Manifest, manifest_path, sync_folder, write_manifest
+from fault_tolerance.progress import reach
 
 LAST = "last.ckpt"
 PART = ".part"
@@ -43,12 +43,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            fault_point("save.replace")
+            reach("save.replace")
             _keep_previous(path)
-            fault_point("save.replace")
+            reach("save.replace")
             os.replace(part, path)
             sync_folder(path.parent)
-            fault_point("save.manifest")
+            reach("save.manifest")
             run = checkpoint.get("run", {})
             manifest = Manifest(
                 file=path.name,
@@ -70,9 +70,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, then its manifest."""
-        fault_point("prune")
+        reach("prune")
         super().remove_checkpoint(path)
-        fault_point("prune")
+        reach("prune")
         manifest_path(Path(path)).unlink(missing_ok=True)
 
 
@@ -90,7 +90,7 @@ def _keep_previous(path: Path) -> None:
     if not path.is_file() or path.is_symlink() or last.resolve() != path.resolve():
         return
     os.replace(path, previous_path(path))
-    fault_point("save.replace")
+    reach("save.replace")
     if manifest_path(path).exists():
         os.replace(manifest_path(path), manifest_path(previous_path(path)))
 
@@ -104,7 +104,7 @@ class _Hashing:
         self.size = 0
 
     def write(self, data: bytes) -> int:
-        fault_point("save.write")
+        reach("save.write")
         written = self.file.write(data)
         self.sha256.update(data)
         self.size += written
@@ -120,7 +120,7 @@ def _write(checkpoint: dict[str, Any], part: Path) -> tuple[int, str]:
     with part.open("wb", buffering=0) as file:
         hashing = _Hashing(file)
         torch.save(checkpoint, hashing)
-        fault_point("save.fsync")
+        reach("save.fsync")
         os.fsync(file.fileno())
     return hashing.size, hashing.sha256.hexdigest()
 

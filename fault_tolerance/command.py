@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 import sys
 import threading
 
@@ -31,3 +32,9 @@ def stand_down(trainer: L.Trainer) -> None:
         for thread in threading.enumerate():
             if thread.name == "child-process-observer":
                 thread._child_processes = []
+
+
+def started_processes(trainer: L.Trainer) -> list[subprocess.Popen[bytes]]:
+    """List the processes of ranks 1, 2, ... if this one has started them."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []

@@ -90,10 +90,11 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _cut(path: Path, size: int) -> None:
-    """Shorten an event file to what a checkpoint knows of it; without any, TensorBoard skips it."""
+    """Shorten an event file to what a checkpoint knows of it; one it does not know is renamed."""
     if not path.exists():
         return
     if size:
         os.truncate(path, min(size, path.stat().st_size))
     else:
-        path.unlink()
+        # TensorBoard reads what is called tfevents
+        path.rename(path.with_name(path.name.replace("tfevents", "replaced")))

@@ -7,6 +7,7 @@ in one process only; several are separated by commas. Without the variable nothi
 import errno
 import os
 import signal
+import time
 from collections import Counter
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -40,6 +41,8 @@ def fault_point(point: str) -> None:
 def _fail(point: str, action: str) -> None:
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
+    elif action == "hang":
+        time.sleep(3600)
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:

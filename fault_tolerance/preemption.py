@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fault_tolerance.checkpoint_io import LAST
 from fault_tolerance.command import resume_command, stand_down
-from fault_tolerance.faults import fault_point
+from fault_tolerance.progress import reach
 from fault_tolerance.resume import checkpoint_folders
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -93,7 +93,7 @@ class Preemption(Callback):
 
         def reported(phase: str, done: int, total: int) -> None:
             report(phase, done, total)
-            fault_point(phase)
+            reach(phase)
             # not all processes sample as often, so they cannot agree there
             if phase != "sampling" or trainer.world_size == 1:
                 self.safe_point(trainer)
@@ -134,7 +134,7 @@ class Preemption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Safe point between two training batches."""
-        fault_point("batch")
+        reach("batch")
         # after a validation within an epoch Lightning counts otherwise: the next batch will do
         if batch_idx == 0 or batch_idx % trainer.val_check_batch == 0:
             return
@@ -143,15 +143,18 @@ class Preemption(Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Safe point, where the epoch is given up as a whole anyway."""
+        reach("validation")
         if trainer.state.fn != TrainerFn.FITTING or self._is_long(trainer):
             self.safe_point(trainer)
 
     def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Safe point."""
+        reach("test")
         self.safe_point(trainer)
 
     def on_predict_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Safe point."""
+        reach("predict")
         self.safe_point(trainer)
 
     def safe_point(self, trainer: L.Trainer) -> None:

@@ -20,3 +20,10 @@ def digest(module: nn.Module) -> str:
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers with their names."""
     return chain(module.named_parameters(), module.named_buffers())
+
+
+def shared_weights(one: nn.Module, other: nn.Module) -> float:
+    """Return the share of the smaller network's weights that the other has too, bit for bit."""
+    mine, its = ({n: p.detach().cpu() for n, p in net.named_parameters()} for net in (one, other))
+    same = sum(p.numel() for n, p in mine.items() if n in its and torch.equal(p, its[n]))
+    return same / min(sum(p.numel() for p in net.values()) for net in (mine, its))

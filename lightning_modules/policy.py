@@ -12,6 +12,7 @@ from datamodules.errors import UserError
 from lightning_modules.lora import add_lora, load_policy, save_lora
 from lightning_modules.pipeline_source import is_hub_id
 from lightning_modules.policy_evaluation import PolicyEvaluation
+from lightning_modules.ranges import require_in_range
 from lightning_modules.rollout import require_divisible
 from lightning_modules.stages import Need, require
 from lightning_modules.text_to_image import TextToImage
@@ -28,6 +29,7 @@ class Policy(PolicyEvaluation, TextToImage):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what cannot work."""
+        require_in_range(self.hparams)
         needs = [
             *self.reward.needs(),
             Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml"),

@@ -9,7 +9,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.attributes import ARTIFACTS, PROMPTS, prompt_id
+from datamodules.errors import UserError
 from lightning_modules.classifier import load_classifier
+from lightning_modules.digest import shared_weights
 from lightning_modules.frozen import Frozen
 from lightning_modules.randomness import keys
 from lightning_modules.samples import Samples, draw_anew, filled_rows, to_eight_bits
@@ -31,8 +33,20 @@ class PolicyEvaluation(L.LightningModule):
         """Load the reward's networks and the judge."""
         self.reward.load()
         self.judge = Frozen(load_classifier(self.hparams.judge, attributes=ARTIFACTS))
+        self.require_independent_judge()
         self.apr = ArtifactPrevalenceRate(len(PROMPTS))
         self.mean_reward = MeanMetric()
+
+    def require_independent_judge(self) -> None:
+        """Refuse to have a policy judged by the network that it learned to please."""
+        rewarding = getattr(self.reward, "network", None)
+        shared = shared_weights(rewarding.module, self.judge.module) if rewarding else 0.0
+        if shared > 0.5:
+            raise UserError(
+                f"the judge {self.hparams.judge} has {shared:.0%} of its weights from the reward "
+                "network: its APR would rise with the reward whatever the images show.\n"
+                "  Train one of its own: python run.py fit --config judge.yaml"
+            )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count one batch of prompts, always with the same noise."""

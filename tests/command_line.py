@@ -51,3 +51,16 @@ def as_process(cwd, *args):
         timeout=250,
         check=False,
     )
+
+
+def start_process(cwd, *args, **variables):
+    """Start `python run.py` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")} | variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

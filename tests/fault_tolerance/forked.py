@@ -28,7 +28,7 @@ def forked(function, *args):
     return os.waitstatus_to_exitcode(status)
 
 
-def forked_ranks(function, *args, ranks=2, timeout=60):
+def forked_ranks(function, *args, ranks=2, timeout=120):
     """Call in two processes that find each other as DDP's do; return their exit codes."""
     port = _free_port()
     children = [_start_rank(rank, ranks, port, function, args) for rank in range(ranks)]

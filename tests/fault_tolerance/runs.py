@@ -21,7 +21,7 @@ from run import Trainer
 EPOCHS = 3
 
 
-def trainer_of(folder, callbacks=(), every_n_epochs=1, **options):
+def trainer_of(folder, callbacks=(), every_n_epochs=1, allow=None, **options):
     """A trainer as the command line makes it of the shipped configurations."""
     newest = checkpoint(
         folder, filename="newest", save_last="link", save_on_train_epoch_end=True,
@@ -38,7 +38,7 @@ def trainer_of(folder, callbacks=(), every_n_epochs=1, **options):
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
         "plugins": [DurableCheckpointIO()],
-        "callbacks": [Preemption(), *callbacks, newest, Resume(), Room(), Curves()],
+        "callbacks": [Preemption(), *callbacks, newest, Resume(allow), Room(), Curves()],
     }
     return Trainer(**(defaults | options))
 

@@ -71,7 +71,7 @@ def test_the_list_of_points_is_complete(folder, monkeypatch):
     """One save passes each point as often as the trials below kill it there."""
     monkeypatch.setenv("FAULT", "nowhere:0:kill")
     seen = []
-    monkeypatch.setattr("fault_tolerance.checkpoint_io.fault_point", seen.append)
+    monkeypatch.setattr("fault_tolerance.checkpoint_io.reach", seen.append)
     save(folder, 3)
     for point in ("save.fsync", "save.replace", "save.manifest"):
         assert seen.count(point) == passes(point)

@@ -9,9 +9,10 @@ import torch
 from command_line import ROOT, ddpo, in_process
 from lightning.pytorch.callbacks import ModelCheckpoint
 from packaging.version import Version
-from tiny import quiet_trainer
+from tiny import quiet_trainer, tiny_ddpo
 
 from callbacks import Export
+from datamodules.attributes import ATTRIBUTES
 from datamodules.errors import UserError
 from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.loading import read_checkpoint, require_known_classes
@@ -19,6 +20,7 @@ from fault_tolerance.manifest import sha256_of
 from lightning_modules.classifier import load_classifier
 from lightning_modules.lora import load_policy
 from lightning_modules.pipelines import load_pipeline, load_unet
+from lightning_modules.text_to_image import TextToImage
 
 
 class Bomb:
@@ -241,3 +243,41 @@ def test_ruff_watches_over_unsafe_calls():
     rules = (ROOT / "ruff.toml").read_text()
     for rule in ("S301", "S307", "S310", "S314", "S324", "S506", "S602"):
         assert rule in rules
+
+
+def test_the_reward_network_under_another_name_is_no_judge(
+    tiny_pipeline, tiny_classifiers, tmp_path
+):
+    """Cut to four heads, it reads the artifacts as the reward does."""
+    whole = torch.load(tiny_classifiers["reward"], weights_only=True)
+    for name, tensor in whole["state_dict"].items():
+        if name.startswith("network.classifier.") or name == "positive_weight":
+            whole["state_dict"][name] = tensor[:4].clone()
+    whole["hyper_parameters"]["attributes"] = ATTRIBUTES[:4]
+    judge = tmp_path / "judge.ckpt"
+    torch.save(whole, judge)
+    load_classifier(judge, ATTRIBUTES[:4])
+    module = tiny_ddpo(tiny_pipeline, tiny_classifiers | {"judge": str(judge)})
+    with pytest.raises(UserError, match="of its weights from the reward network") as error:
+        module.configure_model()
+    assert str(judge) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.eta=-1"], ["eta=-1.0", "(0, 1]", "--model.eta 1"]),
+        (["--trainer.precision=16-mixed"], ["16-mixed", "32-true and bf16-mixed", "--trainer"]),
+        (["--trainer.precision=16-true"], ["16-true", "32-true and bf16-mixed"]),
+        (["--data.samples_per_epoch=20", "--model.updates=3"], ["20 samples", "18 and 21"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_built(
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, options, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TextToImage, "configure_model", lambda self: pytest.fail("too late"))
+    with pytest.raises(UserError) as error:
+        in_process(*ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers), *options)
+    for part in says:
+        assert part in str(error.value)

@@ -76,7 +76,7 @@ def test_a_signal_to_any_process_ends_all_with_one_checkpoint(
     folder = tmp_path / "run"
     monkeypatch.setenv("FAULT", fault)
     code = 143 if "term" in fault else 138
-    assert forked_ranks(fit_on_two, folder, policy, timeout=15) == [code, code]
+    assert forked_ranks(fit_on_two, folder, policy) == [code, code]
     assert "To go on: python" in last_line(capfd)
     monkeypatch.delenv("FAULT")
     assert forked_ranks(fit_on_two, folder, policy) == [0, 0]

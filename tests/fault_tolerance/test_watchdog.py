@@ -1,0 +1,70 @@
+import re
+import signal
+import sys
+from functools import partial
+
+import pytest
+from forked import forked_ranks
+from runs import fit, loaded_ddpo
+
+from datamodules.errors import UserError
+from fault_tolerance.watchdog import Watchdog
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_pipeline, tiny_classifiers):
+    return loaded_ddpo(tiny_pipeline, tiny_classifiers)
+
+
+def watched(folder, policy, silence=3.0, limit=1800.0):
+    fit(folder, policy, [Watchdog(silence, limit)], devices=2, strategy="ddp")
+
+
+def end_of(capfd):
+    return "\n".join(capfd.readouterr().err.strip().splitlines()[-4:])
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase", "codes"),
+    [
+        ("rollout:3:kill:1", "rollout", [1, -signal.SIGKILL]),
+        ("update:3:kill:1", "update", [1, -signal.SIGKILL]),
+        ("rollout:3:stop:1", "rollout", [1, -signal.SIGKILL]),
+        ("rollout:3:kill:0", "rollout", [-signal.SIGKILL, 1]),
+    ],
+)
+def test_a_dead_or_stopped_process_ends_the_run(
+    policy, tmp_path, monkeypatch, capfd, fault, phase, codes
+):
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(sys, "argv", ["run.py", "fit", "--config", "ddpo.yaml", "--ckpt_path=x"])
+    folder = tmp_path / "run"
+    assert forked_ranks(watched, folder, policy, timeout=120) == codes
+    said = end_of(capfd)
+    lost = fault[-1]
+    assert f"process {lost} of 2 was lost in the phase {phase}" in said
+    assert f"Last checkpoint: {folder / 'checkpoints' / 'last.ckpt'}" in said
+    assert said.endswith("To go on: python run.py fit --config ddpo.yaml")
+    if "stop" in fault:
+        stacks = (folder / "stacks" / "process_1.txt").read_text()
+        assert "in training_step" in stacks
+        assert "in rollout" in stacks
+
+
+def test_a_hung_process_ends_the_run(policy, tmp_path, monkeypatch, capfd):
+    """Its watchdog is alive, its main thread is not."""
+    monkeypatch.setenv("FAULT", "update:3:hang:1")
+    codes = forked_ranks(partial(watched, limit=4.0), tmp_path / "run", policy, timeout=120)
+    assert codes == [1, -signal.SIGKILL]
+    assert re.search(r"process [01] of 2 was lost in the phase \w+: it did not move", end_of(capfd))
+    assert "fault_point" in (tmp_path / "run" / "stacks" / "process_1.txt").read_text()
+
+
+def test_the_watchdog_ends_with_the_run(policy, tmp_path):
+    assert forked_ranks(watched, tmp_path / "run", policy) == [0, 0]
+    assert not list((tmp_path / "run" / "stacks").iterdir())
+
+
+def test_impossible_limits():
+    with pytest.raises(UserError, match=r"silence=0\.1"):
+        Watchdog(silence=0.1)
