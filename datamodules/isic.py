@@ -1,130 +1,29 @@
 """The ISIC 2019 melanomas and nevi with their artifacts, as batches of images and prompts."""
 
-from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.annotations import Annotations, read_annotations
-from datamodules.attributes import ATTRIBUTES, prompt_of
 from datamodules.describe import describe
-from datamodules.distortion import distort
 from datamodules.errors import UserError
 from datamodules.extra_images import ExtraImages, extra_rows
-from datamodules.images import INPUT, Resize, find_images, read_image
-from datamodules.latents import EVERY_FLIP, Flips, LatentCache
+from datamodules.images import INPUT, Resize, find_images
+from datamodules.isic_dataset import ISICDataset
 from datamodules.leaks import Leak, find_leaks
 from datamodules.resized import ResizedCopies
 from datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
 from datamodules.splits import Splits, make_splits
 
 Batch = dict[str, Tensor | list[str]]
-
-
-class ISICDataset(Dataset[dict[str, Tensor | str]]):
-    """Images of one split, as `image` `(3, S, S)`, `condition` `(6,)`, `prompt` and `id`.
-
-    Args:
-        frame: Rows of the joined table, see `datamodules.annotations.Annotations`.
-        root: The ISIC folder.
-        size: Side of the images in pixels.
-        resize: See `datamodules.images.read_image`.
-        flip_seed: Flip at random, as (flip_seed, key) decides; by default not at all.
-        images: Name of the images' folder in `root`.
-
-    Attributes:
-        latents: Where to read `latents` `(2C, h, w)` in place of `image`; None reads the images.
-        copies: Where to read the images; None reads the files.
-        distortion_seed: Distort at random, as (distortion_seed, key) decides; None does not.
-
-    Raises:
-        UserError: if an image is missing.
-    """
-
-    latents: LatentCache | None = None
-    copies: ResizedCopies | None = None
-    distortion_seed: int | None = None
-
-    def __init__(
-        self,
-        frame: pd.DataFrame,
-        root: Path,
-        size: int,
-        resize: Resize = "squash",
-        flip_seed: int | None = None,
-        images: str = INPUT,
-    ) -> None:
-        self.paths = find_images(root, frame, images)
-        self.ids = frame["id"].tolist()
-        self.conditions = torch.from_numpy(frame[list(ATTRIBUTES)].to_numpy(np.float32))
-        self.size = size
-        self.resize: Resize = resize
-        self.flip_seed = flip_seed
-
-    def extend(self, other: "ISICDataset") -> None:
-        """Append another dataset's images, to be read as this one's are."""
-        self.paths = [*self.paths, *other.paths]
-        self.ids = [*self.ids, *other.ids]
-        self.conditions = torch.cat([self.conditions, other.conditions])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
-        """Yield each image once; `__getitem__` alone, which takes any key, would never end."""
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, key: int) -> dict[str, Tensor | str]:
-        """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""
-        row, flips = key % len(self), self.flips(key)
-        if self.latents is None:
-            shown = {"image": self.distort(self.image(row, flips), key)}
-        else:
-            shown = {"latents": self.latents.read(self.paths[row], flips)}
-        return {
-            **shown,
-            "condition": self.conditions[row],
-            "prompt": self.prompt(row),
-            "id": self.ids[row],
-        }
-
-    def prompt(self, row: int) -> str:
-        """Return the caption of an image."""
-        return prompt_of(self.conditions[row])
-
-    def image(self, row: int, flips: Flips) -> Tensor:
-        """Read an image, `(3, S, S)` in [0, 1], and flip it."""
-        path = self.paths[row]
-        read = self.copies.read(path) if self.copies else None
-        image = read_image(path, self.size, self.resize) if read is None else read
-        return image.flip([dim for dim, flip in zip((2, 1), flips, strict=True) if flip])
-
-    def distort(self, image: Tensor, key: int) -> Tensor:
-        """Distort the image as the draw `key` is distorted, if at all."""
-        if self.distortion_seed is None:
-            return image
-        return distort(image, np.random.default_rng([self.distortion_seed, key, 1]))
-
-    def flips(self, key: int) -> Flips:
-        """Return how the draw `key` is flipped."""
-        if self.flip_seed is None:
-            return (False, False)
-        left_right, up_down = np.random.default_rng([self.flip_seed, key]).random(2) < 0.5
-        return (bool(left_right), bool(up_down))
-
-    def variants(self) -> list[tuple[int, Flips]]:
-        """List each image in each way in which it may be flipped."""
-        flips = EVERY_FLIP[:1] if self.flip_seed is None else EVERY_FLIP
-        return [(row, flip) for row in range(len(self)) for flip in flips]
 
 
 class ISICDataModule(LightningDataModule):

@@ -58,6 +58,10 @@ class ResizedCopies(Dataset[bool]):
         self.folder.write(self._key(path), (image * 255).round().byte())
         return True
 
+    def has(self, path: Path) -> bool:
+        """Tell whether there is a copy."""
+        return self._key(path) in self.folder
+
     def read(self, path: Path) -> Tensor:
         """Return what `read_image` would, `(3, size, size)` float32 in [0, 1]."""
         return self.folder.read(self._key(path)).float() / 255

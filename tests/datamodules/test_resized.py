@@ -35,7 +35,7 @@ def test_copies_are_read_bit_for_bit_like_the_images(folder, tmp_path, resize):
 
 def test_a_second_run_and_the_other_stages_decode_nothing(folder, tmp_path, monkeypatch):
     prepared(folder, tmp_path / "c")
-    monkeypatch.setattr("datamodules.isic.read_image", pytest.fail)
+    monkeypatch.setattr("datamodules.isic_dataset.read_image", pytest.fail)
     monkeypatch.setattr(resized, "read_image", pytest.fail)
     data = prepared(folder, tmp_path / "c", num_workers=1)
     data.setup("test")

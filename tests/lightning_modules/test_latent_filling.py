@@ -55,7 +55,7 @@ def test_cached_latents_train_the_same_weights(tiny_pipeline, isic, tmp_path, au
 def test_cached_runs_do_not_open_the_images(tiny_pipeline, isic, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     fit(module(tiny_pipeline, cache=cache), tmp_path, epochs=1, data=images_of(isic))
-    monkeypatch.setattr("datamodules.isic.read_image", pytest.fail)
+    monkeypatch.setattr("datamodules.isic_dataset.read_image", pytest.fail)
     fit(module(tiny_pipeline, cache=cache), tmp_path, epochs=1, data=images_of(isic))
 
 
