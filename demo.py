@@ -31,13 +31,14 @@ def stages(run: Path, seed: int) -> list[Stage]:
     """Name the stages and their commands, in order."""
     seeded = ["--seed_everything", str(seed)]
     fit, test = ["run.py", "fit", "--config"], ["run.py", "test", "--config"]
-    draw = ["-m", "datamodules.dermoscopy", "--images", "5000", "--seed"]
+    draw = ["-m", "datamodules.dermoscopy", "--images", "5000", "--workers", "2", "--seed"]
+    noisy = ["--label_recall", "0.6"]
     balanced = ["--label_recall", "1", "--combinations", "balanced"]
     # small operations gain more from a second process than from a second thread
     twice = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     baseline = ["--model.policy", "null", "--trainer.default_root_dir", str(run / "sd")]
     return [
-        ("data", [*draw, str(seed), "--root", str(run / "data")]),
+        ("data", [*draw, str(seed), "--root", str(run / "data"), *noisy]),
         ("balanced", [*draw, str(seed + 1000), "--root", str(run / "balanced"), *balanced]),
         ("classifier", [*fit, "demo/classifier.yaml", *seeded]),
         ("judge", [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)]),

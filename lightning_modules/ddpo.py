@@ -25,6 +25,7 @@ from lightning_modules.rollout import (
     plan_passes,
     record,
     require_divisible,
+    require_window,
     sample_order,
 )
 
@@ -58,6 +59,8 @@ class DDPO(Policy):
         std_floor: Added to the rewards' standard deviation, in units of the reward.
         advantage_clip: Largest absolute advantage.
         timestep_fraction: Share of each sample's steps that is trained, drawn anew each time.
+        timestep_window: First step that is trained, and the first after; 0 is the noisiest. null
+            trains all of them.
         sample_batch: Images sampled at a time on each device.
         micro_batch: (sample, step) pairs per forward and backward pass on each device.
         seed: Decides every draw together with the epoch and the sample's global index.
@@ -84,6 +87,7 @@ class DDPO(Policy):
         std_floor: float = 0.05,
         advantage_clip: float = 5.0,
         timestep_fraction: float = 1.0,
+        timestep_window: tuple[int, int] | None = None,
         sample_batch: int = 8,
         micro_batch: int = 8,
         seed: int = 42,
@@ -92,6 +96,7 @@ class DDPO(Policy):
         self.save_hyperparameters(ignore=["optimizer", "reward"])
         if not 0 < timestep_fraction <= 1:
             raise UserError(f"timestep_fraction={timestep_fraction}: allowed are (0, 1]")
+        require_window(timestep_window, steps)
         self.automatic_optimization = False
         self.optimizer, self.reward, self.window = optimizer, reward, RewardWindow()
 
@@ -208,7 +213,7 @@ class DDPO(Policy):
         mine = slice(update * share, (update + 1) * share)
         steps = chosen_steps(
             rollout.index[mine],
-            len(self.schedule),
+            self.window_of_steps,
             self.trained_steps,
             (self.hparams.seed, self.current_epoch, k),
         )
@@ -242,9 +247,15 @@ class DDPO(Policy):
         return strategy.block_backward_sync() if parallel else nullcontext()
 
     @property
+    def window_of_steps(self) -> tuple[int, int]:
+        """First step that may be trained, and the first after."""
+        return self.hparams.timestep_window or (0, self.hparams.steps)
+
+    @property
     def trained_steps(self) -> int:
         """Steps of each sample that are trained in an inner epoch."""
-        return max(1, round(self.hparams.timestep_fraction * len(self.schedule)))
+        first, end = self.window_of_steps
+        return max(1, round(self.hparams.timestep_fraction * (end - first)))
 
     def log_training(self, results: list[PolicyLoss], advantages: Advantages) -> None:
         """Log the means over all trained pairs of the epoch."""

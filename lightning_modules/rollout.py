@@ -62,6 +62,17 @@ def require_divisible(samples: int, updates: int, ranks: int) -> None:
         )
 
 
+def require_window(window: tuple[int, int] | None, steps: int) -> None:
+    """Refuse a window of trained steps that is empty or leaves the trajectory."""
+    if window is None or 0 <= window[0] < window[1] <= steps:
+        return
+    raise UserError(
+        f"timestep_window={list(window)}: it holds the first trained step and the first after, "
+        f"0 being the noisiest; of {steps} steps all are [0, {steps}], the last half is "
+        f"[{steps // 2}, {steps}]"
+    )
+
+
 def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
     """Shuffle the global sample indices of an epoch, `(M,)`.
 
@@ -85,18 +96,22 @@ class Pairs(NamedTuple):
     advantage: Tensor
 
 
-def chosen_steps(index: Tensor, steps: int, kept: int, seeds: tuple[int, int, int]) -> Tensor:
+def chosen_steps(
+    index: Tensor, window: tuple[int, int], kept: int, seeds: tuple[int, int, int]
+) -> Tensor:
     """Draw the steps that each sample trains, without replacement, `(n, kept)` int64.
 
     Args:
         index: Global sample index, `(n,)`.
-        steps: T.
+        window: First step to draw from, and the first one after.
         kept: Steps a sample.
         seeds: The experiment's seed, the epoch and the inner epoch.
     """
     seed, *when = seeds
     draws = (generator(key(seed, "timesteps", *when, i)) for i in index.tolist())
-    return torch.stack([torch.randperm(steps, generator=draw)[:kept] for draw in draws])
+    first, end = window
+    permuted = (torch.randperm(end - first, generator=draw) for draw in draws)
+    return torch.stack([first + steps[:kept] for steps in permuted])
 
 
 def plan_passes(advantages: Tensor, rank: int, steps: Tensor, micro_batch: int) -> list[Pairs]:

@@ -8,6 +8,7 @@ from lightning_modules.rollout import (
     plan_passes,
     record,
     require_divisible,
+    require_window,
     sample_order,
 )
 
@@ -24,7 +25,7 @@ LIVE = {
 @pytest.mark.parametrize("advantages", LIVE.values(), ids=LIVE)
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 7, 100])
 def test_ranks_pass_equally_often_over_exactly_the_live_pairs(advantages, micro_batch):
-    steps = chosen_steps(torch.arange(6), 10, 4, (42, 0, 0))
+    steps = chosen_steps(torch.arange(6), (0, 10), 4, (42, 0, 0))
     planned = [plan_passes(advantages, rank, steps, micro_batch) for rank in range(3)]
     assert len({len(passes) for passes in planned}) == 1
     for rank, passes in enumerate(planned):
@@ -45,7 +46,7 @@ def test_ranks_pass_equally_often_over_exactly_the_live_pairs(advantages, micro_
 
 
 def test_no_more_passes_than_needed():
-    steps = chosen_steps(torch.arange(6), 10, 4, (42, 0, 0))
+    steps = chosen_steps(torch.arange(6), (0, 10), 4, (42, 0, 0))
     assert len(plan_passes(LIVE["uneven"], 1, steps, 4)) == 5
     assert len(plan_passes(LIVE["none"], 1, steps, 4)) == 1
     idle = sum(len(p.row) for p in plan_passes(LIVE["one rank idle"], 1, steps, 4))
@@ -53,17 +54,27 @@ def test_no_more_passes_than_needed():
 
 
 def test_steps_are_drawn_without_replacement_for_each_sample_anew():
-    steps = chosen_steps(torch.tensor([5, 9, 5]), 50, 20, (42, 3, 0))
+    steps = chosen_steps(torch.tensor([5, 9, 5]), (0, 50), 20, (42, 3, 0))
     assert steps.shape == (3, 20)
     assert all(len(set(row)) == 20 and max(row) < 50 for row in steps.tolist())
     assert torch.equal(steps[0], steps[2])
     assert not torch.equal(steps[0], steps[1])
     others = [(43, 3, 0), (42, 4, 0), (42, 3, 1)]
-    assert all(
-        not torch.equal(steps, chosen_steps(torch.tensor([5, 9, 5]), 50, 20, o)) for o in others
-    )
-    whole = chosen_steps(torch.tensor([5]), 50, 50, (42, 3, 0))
+    redrawn = (chosen_steps(torch.tensor([5, 9, 5]), (0, 50), 20, seeds) for seeds in others)
+    assert not any(torch.equal(steps, again) for again in redrawn)
+    whole = chosen_steps(torch.tensor([5]), (0, 50), 50, (42, 3, 0))
     assert sorted(whole[0].tolist()) == list(range(50))
+
+
+def test_steps_come_from_the_window_alone():
+    steps = chosen_steps(torch.arange(40), (3, 7), 2, (42, 0, 0))
+    assert set(steps.flatten().tolist()) == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("window", [(2, 2), (-1, 3), (5, 11)])
+def test_a_window_outside_the_trajectory_is_refused(window):
+    with pytest.raises(UserError, match=r"all are \[0, 10\], the last half is \[5, 10\]"):
+        require_window(window, 10)
 
 
 def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
