@@ -54,6 +54,7 @@ def command(run_folder, networks, *more):
         "model.judge": networks["judge"],
         "model.reward.classifier": networks["reward"],
         "model.steps": STEPS,
+        "model.guidance": 3.0,
         "model.sample_batch": BATCH,
         "data.test_samples_per_prompt": 2,
         "trainer.default_root_dir": run_folder,

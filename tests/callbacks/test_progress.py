@@ -57,7 +57,7 @@ def test_bars_follow_their_reports(tmp_path, monkeypatch):
 
 def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, caplog):
     stdout = io.StringIO()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         fit(tmp_path, monkeypatch, stdout, max_epochs=3)
     lines = [r.message for r in caplog.records if r.message.startswith("epoch")]
     assert lines == [f"epoch {i} done, reward/mean 0.25" for i in (1, 2, 3)]
@@ -66,7 +66,7 @@ def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, ca
 
 def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(callbacks.progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         fit(tmp_path, monkeypatch, io.StringIO(), max_epochs=1)
     lines = [r.message for r in caplog.records if r.message.startswith("epoch 1: ")]
     assert lines[2] == "epoch 1: rollout 3/5"
@@ -77,7 +77,7 @@ def test_a_log_of_a_long_test_says_which_batch(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(callbacks.progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     trainer = trainer_of(tmp_path, InnerProgressBar(), enable_progress_bar=True)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         trainer.test(Policy(), DataLoader(torch.zeros(3, 1)), verbose=False)
     lines = [r.message for r in caplog.records if r.message.startswith("test")]
     assert lines == [f"test, batch {i} of 3: sampling 1/1" for i in (1, 2, 3)]

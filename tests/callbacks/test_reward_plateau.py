@@ -138,7 +138,7 @@ def fit(path, rewards, stopper=None, ckpt_path=None, name="reward/mean", **optio
 def test_fit_stops_where_the_curve_does_and_says_why(tmp_path, caplog):
     rewards = curve(100, 3, plateau_at=30)
     expected, reason = stop_epoch(rewards)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         trainer, stopper = fit(tmp_path, rewards)
     assert trainer.current_epoch == expected < 100
     assert stopper.stopped_epoch == expected - 1
