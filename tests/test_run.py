@@ -149,7 +149,7 @@ def tiny_options(name, pipeline, classifiers, isic):
     return [
         *ddpo("run", pipeline, classifiers)[4:6], *sampled, f"--model.judge={classifiers['judge']}",
         "--data.samples_per_epoch=32", "--data.validation_samples_per_prompt=1",
-        "--model.clip_range=0.1",
+        "--model.clip_range=0.1", "--model.timestep_window=null",
     ]  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_the_gradient_of_every_update_is_that_of_a_slow_loop(make, tmp_path, tra
     for number, (weights, gradients) in enumerate(policy.steps_taken):
         k, update = divmod(number, 2)
         rows = range(8 * update, 8 * update + 8)
-        steps = chosen_steps(rollout.index[list(rows)], 4, 2, (42, 0, k)).tolist()
+        steps = chosen_steps(rollout.index[list(rows)], (0, 4), 2, (42, 0, k)).tolist()
         slow = slow_gradient(policy, rollout, rows, steps, advantages[list(rows)], weights)
         fast = flat(gradients)
         assert slow.norm() > 1e-5
