@@ -52,9 +52,7 @@ class SampleFolder(Callback):
         warnings.filterwarnings("ignore", "predict returned None")
         self._open(trainer, pl_module)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Do as for prediction."""
-        self._open(trainer, pl_module)
+    on_test_start = on_predict_start
 
     def on_predict_batch_end(
         self,
@@ -68,17 +66,7 @@ class SampleFolder(Callback):
         """Write this process's samples, and note all that were asked for."""
         self._write(pl_module, outputs, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Samples | None,
-        batch: dict[str, Any],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Do as for prediction."""
-        self._write(pl_module, outputs, batch)
+    on_test_batch_end = on_predict_batch_end
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the tables on rank 0, once all processes are done."""

@@ -227,10 +227,10 @@ def _quality(results: dict[str, Any]) -> dict[str, str]:
     ours = distances.get("classifier", {})
     for title, name, digits in (
         ("kernel distance, classifier features", "kernel", 3),
-        ("the same, real mix", "kernel_real_mix", 3),
+        ("kernel distance, real mix", "kernel_real_mix", 3),
         ("Frechet distance, classifier features", "frechet", 2),
-        ("the same, real mix", "frechet_real_mix", 2),
-        ("the same, at the floor's n", "frechet_equal_n", 2),
+        ("Frechet distance, real mix", "frechet_real_mix", 2),
+        ("Frechet distance, at the floor's n", "frechet_equal_n", 2),
         ("noise floor, real against real", "noise_floor", 2),
         ("precision", "precision", 2),
         ("recall", "recall", 2),
@@ -239,7 +239,6 @@ def _quality(results: dict[str, Any]) -> dict[str, str]:
         ("diversity within a prompt", "diversity", 2),
         ("of real images", "diversity_real", 2),
     ):
-        title += " " * (title in cells)
         cells[title] = value_cell(ours.get(name), digits)
     if "copies" in results:
         copies = results["copies"]

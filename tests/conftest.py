@@ -3,12 +3,10 @@ import warnings
 
 import pytest
 import torch
-from tiny import quiet_trainer
-from torch.utils.data import DataLoader
+from tiny import fitted
 
 from assets.build import build_pipeline
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, PROMPTS
-from lightning_modules import AttributeClassifier
+from datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from lightning_modules.pipelines import save_pipeline
 
 # tiny networks: a second thread costs more than it computes, here and in subprocesses
@@ -43,20 +41,3 @@ def tiny_classifiers(tmp_path_factory):
         "reward": fitted(folder / "reward.ckpt", "test_efficientnet", ATTRIBUTES, seed=1),
         "judge": fitted(folder / "judge.ckpt", "test_resnet", ARTIFACTS, seed=2),
     }
-
-
-def fitted(path, backbone, attributes, seed):
-    draw = torch.Generator().manual_seed(seed)
-    batch = {
-        "image": torch.rand(8, 3, 16, 16, generator=draw),
-        "condition": CONDITIONS[:8],
-        "prompt": list(PROMPTS[:8]),
-        "id": [f"image_{i}" for i in range(8)],
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        classifier = AttributeClassifier(backbone, False, attributes, image_size=32, dropout=0.0)
-        trainer = quiet_trainer(path.parent, max_epochs=1)
-        trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
-    trainer.save_checkpoint(path)
-    return str(path)

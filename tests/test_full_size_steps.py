@@ -12,6 +12,7 @@ import sys
 import pytest
 from command_line import ROOT
 from lightning import seed_everything
+from tiny import fitted
 
 from assets.full_size import build_full_size
 from datamodules.attributes import ARTIFACTS, ATTRIBUTES
@@ -80,8 +81,6 @@ def test_fine_tuning(made, train):
 
 
 def test_ddpo(made):
-    from conftest import fitted
-
     seed_everything(0, verbose=False)
     reward = fitted(made / "reward.ckpt", "efficientnet_b0", ATTRIBUTES, seed=1)
     judge = fitted(made / "judge.ckpt", "resnet50", ARTIFACTS, seed=2)

@@ -4,10 +4,11 @@ import logging
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
-from datamodules.attributes import PROMPTS
+from datamodules.attributes import CONDITIONS, PROMPTS
 from datamodules.prompts import ISICPromptDataModule
-from lightning_modules import DDPO, AttributeMatch
+from lightning_modules import DDPO, AttributeClassifier, AttributeMatch
 
 
 class RecordedDDPO(DDPO):
@@ -89,3 +90,21 @@ def quiet_trainer(folder, **options):
         "default_root_dir": folder,
     }
     return L.Trainer(**(defaults | options))
+
+
+def fitted(path, backbone, attributes, seed):
+    """The checkpoint of a classifier after one epoch of two batches of noise."""
+    draw = torch.Generator().manual_seed(seed)
+    batch = {
+        "image": torch.rand(8, 3, 16, 16, generator=draw),
+        "condition": CONDITIONS[:8],
+        "prompt": list(PROMPTS[:8]),
+        "id": [f"image_{i}" for i in range(8)],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = AttributeClassifier(backbone, False, attributes, image_size=32, dropout=0.0)
+        trainer = quiet_trainer(path.parent, max_epochs=1)
+        trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
+    trainer.save_checkpoint(path)
+    return str(path)

@@ -16,14 +16,7 @@ def forked(function, *args):
     sys.stderr.flush()
     child = os.fork()
     if not child:
-        try:
-            function(*args)
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
+        _call_and_leave(function, args)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
@@ -65,6 +58,10 @@ def _start_rank(rank, ranks, port, function, args):
         "MASTER_PORT": str(port),
     }
     rank_zero_only.rank = rank
+    _call_and_leave(function, args)
+
+
+def _call_and_leave(function, args):
     try:
         function(*args)
         os._exit(0)

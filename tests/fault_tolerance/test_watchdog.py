@@ -40,7 +40,7 @@ def test_a_dead_or_stopped_process_ends_the_run(
     monkeypatch.setattr(sys, "argv", ["run.py", "fit", "--config", "ddpo.yaml", "--ckpt_path=x"])
     folder = tmp_path / "run"
     ended = forked_ranks(watched, folder, policy, timeout=120)
-    # how a stopped process that is killed reports its end varies; that it ends is what counts
+    # a stopped one is continued to write its stacks, and may finish before it is killed
     assert ended[:1] == codes[:1] if "stop" in fault else ended == codes
     said = end_of(capfd)
     lost = fault[-1]
