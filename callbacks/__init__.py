@@ -4,6 +4,7 @@ from callbacks.evaluation import Evaluation
 from callbacks.export import Export
 from callbacks.predictions import Predictions
 from callbacks.progress import InnerProgressBar
+from callbacks.reward_hacking import RewardHacking
 from callbacks.reward_plateau import RewardPlateau
 from callbacks.sample_folder import SampleFolder
 from callbacks.sample_grid import SampleGrid
@@ -13,6 +14,7 @@ __all__ = [
     "Export",
     "InnerProgressBar",
     "Predictions",
+    "RewardHacking",
     "RewardPlateau",
     "SampleFolder",
     "SampleGrid",

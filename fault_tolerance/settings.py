@@ -20,6 +20,10 @@ NEUTRAL = frozenset(
         # how it is computed: the same up to the rounding of sums
         "model.sample_batch",
         "model.micro_batch",
+        "model.trajectory",
+        "model.gradient_checkpointing",
+        "model.compile",
+        "model.max_skipped",
         "data.num_workers",
     }
 )

@@ -109,6 +109,21 @@ class DDIMSchedule(nn.Module):
         )
         return log_density.mean(dim=(1, 2, 3))
 
+    def divergence(self, latents: Tensor, noise: Tensor, other: Tensor, step: Tensor) -> Tensor:
+        """KL divergence of two policies' transitions, |mu - mu'|^2 / (2 sigma^2), `(B,)`.
+
+        Both are normal with the same sigma. Averaged over C, H and W, as the log-density is.
+
+        Args:
+            latents: x_t, `(B, C, H, W)`.
+            noise: What the one policy predicts, `(B, C, H, W)`.
+            other: What the other predicts, `(B, C, H, W)`.
+            step: Index of each sample's transition, `(B,)` int64.
+        """
+        apart = self.mean(latents, noise, step) - self.mean(latents, other, step)
+        sigma = self.sigma[step].view(-1, 1, 1, 1)
+        return (apart**2 / (2 * sigma**2)).mean(dim=(1, 2, 3))
+
 
 def _require_density(sigma: Tensor, timesteps: Tensor) -> None:
     flat = (sigma <= 0).nonzero().flatten().tolist()
@@ -141,6 +156,8 @@ def denoise(
 ) -> Iterator[Transition]:
     """Walk from x_T to x_0, drawing each action from the policy.
 
+    An action is a constant, whose log-prob is differentiable where gradients are enabled.
+
     Args:
         predict_noise: Maps (x_t, step index `(B,)`) to the guided noise prediction.
         schedule: The transitions.
@@ -151,6 +168,7 @@ def denoise(
         step = torch.full((len(latents),), i, device=latents.device)
         noise = predict_noise(latents, step)
         draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
-        previous = schedule.mean(latents, noise, step) + schedule.sigma[i] * draw.to(latents.device)
+        mean = schedule.mean(latents, noise.detach(), step)
+        previous = mean + schedule.sigma[i] * draw.to(latents.device)
         yield Transition(i, previous, schedule.log_prob(previous, latents, noise, step))
         latents = previous

@@ -1,8 +1,9 @@
 """Stage 2: align images with their prompts by DDPO (RL4Med-DDPO, Algorithm 1)."""
 
+import math
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,27 +11,21 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from datamodules.attributes import CONDITIONS, prompt_id, short_name
-from datamodules.errors import UserError
+from datamodules.attributes import CONDITIONS, short_name
 from lightning_modules.advantages import Advantages, RewardWindow, group_advantages
-from lightning_modules.ddim import Transition
-from lightning_modules.policy import Policy
-from lightning_modules.policy_gradient import PolicyLoss, clipped_policy_loss, require_unit_ratio
-from lightning_modules.randomness import keys
-from lightning_modules.rewards import AttributeMatch, Reward
-from lightning_modules.rollout import (
-    Pairs,
-    Rollout,
-    chosen_steps,
-    plan_passes,
-    record,
-    require_divisible,
-    require_window,
-    sample_order,
+from lightning_modules.ddpo_options import clip_pair, require_options
+from lightning_modules.policy_gradient import (
+    Means,
+    PolicyLoss,
+    clipped_policy_loss,
+    require_unit_ratio,
 )
+from lightning_modules.rewards import AttributeMatch, Reward
+from lightning_modules.rollout import Pairs, Rollout, chosen_steps, plan_passes
+from lightning_modules.sampled_policy import SampledPolicy
 
 
-class DDPO(Policy):
+class DDPO(SampledPolicy):
     """Trains a pipeline's U-Net so that its images earn more reward.
 
     One epoch is one rollout: M images are drawn from the current policy, scored, and trained on in
@@ -52,17 +47,34 @@ class DDPO(Policy):
         guidance: Classifier-free guidance scale, in sampling and in training.
         updates: Optimizer steps of an inner epoch, each on its own part of the samples.
         inner_epochs: Rounds over one rollout, the K of Algorithm 1.
-        clip_range: The ratio is clipped at 1 +- this. It acts on a log-prob averaged over the
-            latent's dimensions: 1e-4 at 4x64x64; smaller latents want more, in inverse proportion.
+        clip_range: The ratio is clipped at 1 +- this, or between 1 - the first and 1 + the second
+            of two. It acts on a log-prob averaged over the latent's dimensions: 1e-4 at 4x64x64;
+            smaller latents want more, in inverse proportion.
+        clip_dimensions: Dimensions of the latents that clip_range is meant for, 16384 at 4x64x64;
+            it is then scaled to this pipeline's. null takes it as it is.
+        kl_weight: Weight, in the loss, of the divergence from the policy before training. Costs a
+            forward pass more, no second copy: wants train: lora.
         baseline: Whose rewards a sample is compared with: its prompt's in this rollout, its
             prompt's in a window of the last 32, or nothing's (Eq. 2 with the raw reward).
         std_floor: Added to the rewards' standard deviation, in units of the reward.
         advantage_clip: Largest absolute advantage.
+        diversity_weight: Weight, in the reward, of a sample's mean distance to the others of its
+            prompt, in [0, 1] on 8x8 pixels.
         timestep_fraction: Share of each sample's steps that is trained, drawn anew each time.
         timestep_window: First step that is trained, and the first after; 0 is the noisiest. null
             trains all of them.
+        guidance_in_training: Whether updates train the guided policy, which is the one that
+            samples, or its conditional half at half the cost. The latter is another estimator, and
+            wants old_log_probs: training.
+        old_log_probs: The ratio's denominator: as sampled, or from a forward pass of its own in the
+            updates' batches before the first of them.
+        gradient_checkpointing: Keep few activations and compute the others again.
+        compile: torch.compile's backend for the U-Net, such as inductor; null leaves it as it is.
+        trajectory: Where the rollout's latents are kept: on the device, or in the host's memory.
         sample_batch: Images sampled at a time on each device.
-        micro_batch: (sample, step) pairs per forward and backward pass on each device.
+        micro_batch: (sample, step) pairs per forward and backward pass on each device; auto takes
+            as many as fit into memory, up to 64.
+        max_skipped: Updates in a row that may be skipped because they are NaN or infinite.
         seed: Decides every draw together with the epoch and the sample's global index.
     """
 
@@ -82,21 +94,28 @@ class DDPO(Policy):
         guidance: float = 5.0,
         updates: int = 2,
         inner_epochs: int = 1,
-        clip_range: float = 1e-4,
+        clip_range: float | tuple[float, float] = 1e-4,
+        clip_dimensions: int | None = None,
+        kl_weight: float = 0.0,
         baseline: Literal["group", "window", "none"] = "group",
         std_floor: float = 0.05,
         advantage_clip: float = 5.0,
+        diversity_weight: float = 0.0,
         timestep_fraction: float = 1.0,
         timestep_window: tuple[int, int] | None = None,
+        guidance_in_training: bool = True,
+        old_log_probs: Literal["rollout", "training"] = "rollout",
+        gradient_checkpointing: bool = False,
+        compile: str | None = None,
+        trajectory: Literal["device", "host"] = "device",
         sample_batch: int = 8,
-        micro_batch: int = 8,
+        micro_batch: int | Literal["auto"] = 8,
+        max_skipped: int = 3,
         seed: int = 42,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "reward"])
-        if not 0 < timestep_fraction <= 1:
-            raise UserError(f"timestep_fraction={timestep_fraction}: allowed are (0, 1]")
-        require_window(timestep_window, steps)
+        require_options(self.hparams)
         self.automatic_optimization = False
         self.optimizer, self.reward, self.window = optimizer, reward, RewardWindow()
 
@@ -104,77 +123,22 @@ class DDPO(Policy):
         """Run one turn of Algorithm 1: sample, score, then K rounds of policy gradient steps."""
         started = time.monotonic()
         order = self.order(len(batch["prompt"]))
+        groups = self.groups(batch, order)
         rollout = self.rollout(batch, order)
-        rewards = self.rewards(rollout)
-        advantages = self.advantages(rewards, batch, order)
+        rewards = self.rewards(rollout, groups)
         sampled = time.monotonic()
-        results = [
-            self.update(rollout, advantages.values, update, k)
-            for k in range(self.hparams.inner_epochs)
-            for update in range(self.hparams.updates)
-        ]
-        self.log_training(results, advantages)
-        self.log_times(len(order), sampled - started, time.monotonic() - started)
+        if self.are_finite(rollout, rewards):
+            advantages = self.advantages(rewards, groups)
+            rollout = self.rescored(rollout, advantages.values)
+            results = [
+                self.update(rollout, advantages.values, update, k) for k, update in self.rounds
+            ]
+            self.log_training(results, advantages)
+        self.log_run(len(order), sampled - started, time.monotonic() - started)
 
-    def order(self, samples: int) -> Tensor:
-        """Order the epoch's global sample indices; position p is rank p mod W's."""
-        require_divisible(samples, self.hparams.updates, self.trainer.world_size)
-        return sample_order(samples, self.hparams.seed, self.current_epoch)
-
-    @torch.no_grad()
-    def rollout(self, batch: dict[str, Any], order: Tensor) -> Rollout:
-        """Draw this rank's samples with their intermediate states (Algorithm 1, line 4)."""
-        mine = order[self.global_rank :: self.trainer.world_size]
-        prompts = [batch["prompt"][i] for i in mine.tolist()]
-        noise_keys = keys(self.hparams.seed, "rollout", self.current_epoch, batch["index"][mine])
-        steps, total = len(self.schedule), len(mine) * len(self.schedule)
-        trajectories, images = [], []
-        for first in range(0, len(mine), self.hparams.sample_batch):
-            part = slice(first, first + self.hparams.sample_batch)
-            latents, transitions = self.walk(prompts[part], noise_keys[part])
-            trajectory = record(latents, self.reported(transitions, first * steps, total))
-            trajectories.append(trajectory)
-            images.append(self.decode(trajectory.latents[:, -1]))
-        latents, log_probs = map(torch.cat, zip(*trajectories, strict=True))
-        return Rollout(
-            index=batch["index"][mine],
-            prompts=prompts,
-            conditions=batch["condition"][mine].to(self.device),
-            latents=latents,
-            log_probs=log_probs,
-            images=torch.cat(images),
-        )
-
-    def reported(
-        self, transitions: Iterator[Transition], done: int, total: int
-    ) -> Iterator[Transition]:
-        """Pass a batch's transitions on, telling after each how far the whole rollout is."""
-        for transition in transitions:
-            done += len(transition.log_prob)
-            self.report_progress("rollout", done, total)
-            yield transition
-
-    @torch.no_grad()
-    def rewards(self, rollout: Rollout) -> Tensor:
-        """Score the images (Algorithm 1, line 5) and gather all ranks', `(M,)` in sample order."""
-        mine = self.reward(rollout.images, rollout.conditions)
-        self.report_progress("reward", 1, 1)
-        rewards = self.gather_in_order(mine.value)
-        self.log("reward/mean", rewards.mean(), prog_bar=True, batch_size=1)
-        self.log("reward/std", rewards.std(correction=0), batch_size=1)
-        for name, part in mine.parts.items():
-            self.log(f"reward/{name}", self.gather_in_order(part).mean(), batch_size=1)
-        return rewards
-
-    def gather_in_order(self, values: Tensor) -> Tensor:
-        """Interleave the ranks' `(n,)` into `(M,)`: position p is rank p mod W's."""
-        return self.all_gather(values).reshape(self.trainer.world_size, -1).T.reshape(-1)
-
-    def advantages(self, rewards: Tensor, batch: dict[str, Any], order: Tensor) -> Advantages:
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Advantages:
         """Compare each sample with its prompt's, `(M,)` in sample order, the same on every rank."""
-        ids = [prompt_id(batch["prompt"][i]) for i in order.tolist()]
-        groups = torch.tensor(ids, device=rewards.device)
-        for group in sorted(set(ids)):
+        for group in groups.unique().tolist():
             name = f"reward_of_prompt/{short_name(CONDITIONS[group])}"
             self.log(name, rewards[groups == group].mean(), batch_size=1)
         if self.hparams.baseline == "none":
@@ -183,68 +147,100 @@ class DDPO(Policy):
         standardise = self.window.advantages if windowed else group_advantages
         return standardise(rewards, groups, self.hparams.std_floor, self.hparams.advantage_clip)
 
-    def update(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> PolicyLoss:
-        """Take one optimizer step on one part of the samples (Algorithm 1, line 6).
+    @torch.no_grad()
+    def rescored(self, rollout: Rollout, advantages: Tensor) -> Rollout:
+        """With `old_log_probs: training`, score all actions in the batches that will be trained."""
+        if self.hparams.old_log_probs == "rollout":
+            return rollout
+        log_probs, scored = rollout.log_probs.clone(), torch.zeros(rollout.log_probs.shape)
+        for k, update in self.rounds:
+            for pairs in self.passes(rollout, advantages, update, k):
+                if not scored[pairs.row, pairs.step].all():
+                    log_probs[pairs.row, pairs.step] = self.policy_loss(rollout, pairs).log_prob
+                    scored[pairs.row, pairs.step] = 1
+        return replace(rollout, log_probs=log_probs)
+
+    def update(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> Means:
+        """Take one optimizer step on one part of the samples (Algorithm 1, line 6)."""
+        passes = self.passes(rollout, advantages, update, k)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        means = self.accumulate(rollout, passes)
+        norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.hparams.max_grad_norm)
+        # reduced over the ranks, so all of them agree
+        if not norm.isfinite():
+            self.skip(self.faults_of(rollout, passes))
+            return means
+        self.skipped.passed()
+        if update == k == 0:
+            self.check_ratio(means)
+        self.log("policy/grad_norm", norm, batch_size=1)
+        optimizer.step()
+        return means
+
+    def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> Means:
+        """Add up the gradients of an update.
 
         Every rank runs the same number of passes, and the gradients of all passes are reduced over
         the ranks once, in the last.
         """
-        passes = self.passes(rollout, advantages, update, k)
         pairs_in_all = len(rollout.index) // self.hparams.updates * self.trained_steps
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        results = []
+        means = Means()
         for i, pairs in enumerate(passes, start=1):
             with nullcontext() if i == len(passes) else self.without_reduction():
                 result = self.policy_loss(rollout, pairs)
                 self.manual_backward(result.loss.sum() / pairs_in_all)
-            results.append(result)
+            means.add(result)
             self.report_progress("update", i, len(passes))
-        if update == k == 0:
-            self.check_ratio(results[0])
-        norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.hparams.max_grad_norm)
-        self.log("policy/grad_norm", norm, batch_size=1)
-        optimizer.step()
-        return PolicyLoss(*map(torch.cat, zip(*results, strict=True)))
+        return means
 
     def passes(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> list[Pairs]:
         """Plan the passes of an update over this rank's part of its samples."""
         share = len(rollout.index) // self.hparams.updates
         mine = slice(update * share, (update + 1) * share)
-        steps = chosen_steps(
-            rollout.index[mine],
-            self.window_of_steps,
-            self.trained_steps,
-            (self.hparams.seed, self.current_epoch, k),
-        )
+        seeds = (self.hparams.seed, self.current_epoch, k)
+        steps = chosen_steps(rollout.index[mine], self.window_of_steps, self.trained_steps, seeds)
         by_rank = advantages.cpu().view(-1, self.trainer.world_size)[mine]
-        planned = plan_passes(by_rank, self.global_rank, steps, self.hparams.micro_batch)
-        return [
-            Pairs(*(c.to(self.device) for c in (p.row + mine.start, p.step, p.advantage)))
-            for p in planned
-        ]
+        planned = plan_passes(
+            by_rank, self.global_rank, steps, self.micro_batch, skip=not self.hparams.kl_weight
+        )
+        return [pairs._replace(row=pairs.row + mine.start) for pairs in planned]
 
     def policy_loss(self, rollout: Rollout, pairs: Pairs) -> PolicyLoss:
         """Evaluate Eq. 2 with a clipped ratio on some pairs of the rollout."""
-        latents = rollout.latents[pairs.row, pairs.step]
+        latents, previous = rollout.transitions(pairs.row, pairs.step)
         text = self.embed([rollout.prompts[row] for row in pairs.row.tolist()])
-        noise = self.guided_noise(latents, pairs.step, text, self.embed([""])[0])
-        previous = rollout.latents[pairs.row, pairs.step + 1]
-        log_prob = self.schedule.log_prob(previous, latents, noise, pairs.step)
+        step, advantage = pairs.step.to(self.device), pairs.advantage.to(self.device)
+        noise = self.trained_noise(latents, step, text)
+        log_prob = self.schedule.log_prob(previous, latents, noise, step)
         old_log_prob = rollout.log_probs[pairs.row, pairs.step]
-        return clipped_policy_loss(log_prob, old_log_prob, pairs.advantage, self.hparams.clip_range)
+        result = clipped_policy_loss(log_prob, old_log_prob, advantage, self.clip_range)
+        if not self.hparams.kl_weight:
+            return result
+        reference = self.reference_noise(latents, step, text)
+        divergence = self.schedule.divergence(latents, noise, reference, step)
+        return result.penalised(divergence, self.hparams.kl_weight)
 
-    def check_ratio(self, first: PolicyLoss) -> None:
-        """Log how far the ratio is from 1 before any update, and refuse what clipping would eat."""
-        deviation = self.all_gather((first.ratio - 1).abs().max()).max()
-        self.log("policy/ratio_deviation", deviation, batch_size=1)
-        require_unit_ratio(deviation.item(), self.hparams.clip_range, self.trainer.precision)
+    def check_ratio(self, means: Means) -> None:
+        """Log how far the first pass's ratio is from 1; refuse what clipping would eat in any."""
+        first, largest = (
+            self.all_gather(deviation).max()
+            for deviation in (means.first_deviation, means.deviation)
+        )
+        self.log("policy/ratio_deviation", first, batch_size=1)
+        require_unit_ratio(largest.item(), min(self.clip_range), self.trainer.precision)
 
     def without_reduction(self) -> AbstractContextManager:
         """Accumulate gradients on this rank alone."""
         strategy = self.trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         return strategy.block_backward_sync() if parallel else nullcontext()
+
+    @property
+    def rounds(self) -> list[tuple[int, int]]:
+        """The inner epoch and the update within it, of each optimizer step on a rollout."""
+        p = self.hparams
+        return [(k, update) for k in range(p.inner_epochs) for update in range(p.updates)]
 
     @property
     def window_of_steps(self) -> tuple[int, int]:
@@ -257,23 +253,46 @@ class DDPO(Policy):
         first, end = self.window_of_steps
         return max(1, round(self.hparams.timestep_fraction * (end - first)))
 
-    def log_training(self, results: list[PolicyLoss], advantages: Advantages) -> None:
-        """Log the means over all trained pairs of the epoch."""
-        loss, _, clipped, kl = map(torch.cat, zip(*results, strict=True))
-        for name, values in (("loss", loss), ("clip_fraction", clipped), ("approximate_kl", kl)):
-            self.log(f"policy/{name}", values.float().mean(), sync_dist=True, batch_size=1)
-        self.log("reward/flat_groups", advantages.flat_groups, batch_size=1)
-        self.log("trainer/optimizer_steps", float(self.global_step), batch_size=1)
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far the ratio may fall below 1 and rise above it, at this pipeline's latents."""
+        meant_for, own = self.hparams.clip_dimensions, math.prod(self.latent_shape)
+        scale = meant_for / own if meant_for else 1.0
+        below, above = clip_pair(self.hparams.clip_range)
+        return scale * below, scale * above
 
-    def log_times(self, samples: int, sampling: float, whole: float) -> None:
-        """Log the speed of all ranks together and the rollout's share of it; times in seconds."""
+    def log_training(self, results: list[Means], advantages: Advantages) -> None:
+        """Log the means over all trained pairs of the epoch."""
+        for name, value in Means.over(results).items():
+            self.log(f"policy/{name}", value, sync_dist=True, batch_size=1)
+        self.log("reward/flat_groups", advantages.flat_groups, batch_size=1)
+
+    def log_run(self, samples: int, sampling: float, whole: float) -> None:
+        """Log the speed of all ranks together, the rollout's share of it and what was skipped.
+
+        Args:
+            samples: Images of the epoch.
+            sampling: Seconds of the rollout and its reward.
+            whole: Seconds of all.
+        """
+        self.log("trainer/optimizer_steps", float(self.global_step), batch_size=1)
+        self.log("trainer/skipped_updates", float(self.skipped.total), batch_size=1)
         self.log("time/samples_per_second", samples / whole, batch_size=1)
         self.log("time/rollout_share", sampling / whole, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the rewards of past rollouts, which `baseline: window` compares with."""
+        """Keep what later rollouts depend on beside weights and optimizer."""
         checkpoint["reward_window"] = self.window.history
+        checkpoint["ddpo"] = {
+            "micro_batch": self.micro_batch,
+            "skipped": self.skipped.state(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the rewards of past rollouts."""
+        """Go on from there."""
         self.window.history = checkpoint["reward_window"]
+        # a checkpoint from before updates were skipped has nothing to count on from
+        if kept := checkpoint.get("ddpo"):
+            self.skipped.load(kept["skipped"])
+            if self.hparams.micro_batch == "auto":
+                self.micro_batch = kept["micro_batch"]

@@ -1,5 +1,7 @@
 """Low-rank adapters (LoRA) on the U-Net's attention layers, in the diffusers format."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch import nn
 
 ADAPTER = "policy"
 
@@ -30,6 +33,22 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int, alpha: int | None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(config, adapter_name=ADAPTER)
+
+
+def adapter_layers(unet: UNet2DConditionModel) -> list[nn.Linear]:
+    """List the layers that hold the adapters' weights, down and up, in the U-Net's order."""
+    ends = (f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")
+    return [module for name, module in unet.named_modules() if name.endswith(ends)]
+
+
+@contextmanager
+def without_lora(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Let the U-Net compute what it did before it had adapters: the reference policy."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:

@@ -6,10 +6,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from datamodules.errors import UserError
-from lightning_modules.lora import add_lora, load_policy, save_lora
+from lightning_modules.lora import add_lora, load_policy, save_lora, without_lora
 from lightning_modules.pipeline_source import is_hub_id
 from lightning_modules.policy_evaluation import PolicyEvaluation
 from lightning_modules.ranges import require_in_range
@@ -21,8 +21,9 @@ from lightning_modules.text_to_image import TextToImage
 class Policy(PolicyEvaluation, TextToImage):
     """A pipeline whose U-Net, or adapters on it, are trained for a reward.
 
-    Subclasses take `pipeline`, `policy`, `judge`, `train`, `lora_rank`, `updates` and
-    `seed` as hyperparameters and set `reward` and `optimizer`.
+    Subclasses take `pipeline`, `policy`, `judge`, `train`, `lora_rank`, `updates`, `compile`,
+    `gradient_checkpointing`, `guidance_in_training` and `seed` as hyperparameters and set `reward`
+    and `optimizer`.
     """
 
     optimizer: OptimizerCallable
@@ -30,6 +31,30 @@ class Policy(PolicyEvaluation, TextToImage):
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what cannot work."""
         require_in_range(self.hparams)
+        require(self.needs(stage))
+        if stage == "fit":
+            self.require_precision(self.trainer.precision)
+        samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
+        if stage == "fit" and samples is not None:
+            require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+
+    def require_precision(self, precision: str) -> None:
+        """Refuse the precisions in which the updates would come out wrong."""
+        refused = {
+            "16-mixed": "scales the gradients before they are clipped, which would shrink every "
+            "update",
+            "16-true": "rounds the log-probs beyond the clip range",
+            "bf16-true": "keeps the trained weights in 8 bits of precision, where a small step is "
+            "lost",
+        }
+        if precision in refused:
+            raise UserError(
+                f"precision {precision} {refused[precision]}: use --trainer.precision bf16-mixed "
+                "or 32-true"
+            )
+
+    def needs(self, stage: str) -> list[Need]:
+        """List what earlier stages must have left for this one."""
         needs = [
             *self.reward.needs(),
             Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml"),
@@ -40,21 +65,17 @@ class Policy(PolicyEvaluation, TextToImage):
         if stage in ("test", "predict") and self.hparams.policy:
             made_by = "python run.py fit --config ddpo.yaml"
             needs.append(Need(self.hparams.policy, "the trained policy", made_by))
-        require(needs)
-        if stage == "fit" and self.trainer.precision == "16-mixed":
-            raise UserError(
-                "precision 16-mixed scales the gradients before they are clipped, which would "
-                "shrink every update: use --trainer.precision bf16-mixed or 32-true"
-            )
-        samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
-        if stage == "fit" and samples is not None:
-            require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+        return needs
 
     def configure_model(self) -> None:
         """Load the pipeline, the reward's networks and the judge; done once."""
         if not hasattr(self, "unet"):
             super().configure_model()
             self.load_scorers()
+            if self.hparams.gradient_checkpointing:
+                self.unet.enable_gradient_checkpointing()
+            if self.hparams.compile:
+                self.unet.compile(backend=self.hparams.compile)
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
@@ -73,6 +94,25 @@ class Policy(PolicyEvaluation, TextToImage):
     def trained_parameters(self) -> list[nn.Parameter]:
         """List what the optimizer moves."""
         return [p for p in self.unet.parameters() if p.requires_grad]
+
+    def trained_noise(self, latents: Tensor, step: Tensor, text: Tensor) -> Tensor:
+        """Predict the noise as the policy that is trained does, with guidance or without.
+
+        Args:
+            latents: x_t, `(P, C, h, w)` float32.
+            step: Index of the transition, `(P,)`.
+            text: Prompt embeddings, `(P, L, D)`.
+        """
+        if self.hparams.guidance_in_training:
+            return self.guided_noise(latents, step, text, self.embed([""])[0])
+        timestep = self.schedule.timesteps[step]
+        return self.unet(latents, timestep, text, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def reference_noise(self, latents: Tensor, step: Tensor, text: Tensor) -> Tensor:
+        """Predict the noise as the policy did before training: the U-Net without its adapters."""
+        with without_lora(self.unet):
+            return self.trained_noise(latents, step, text)
 
     def export(self, folder: Path) -> None:
         """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""

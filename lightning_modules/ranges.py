@@ -1,7 +1,7 @@
 """Ranges of DDPO's settings, checked before anything is loaded."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from datamodules.errors import UserError
 
@@ -26,13 +26,14 @@ RANGES = {
     "guidance": Range(0, False, None, 5.0),
     "updates": Range(1, False, None, 2),
     "inner_epochs": Range(1, False, None, 1),
-    "clip_range": Range(0, True, None, 1e-4),
+    "kl_weight": Range(0, False, None, 0),
     "std_floor": Range(0, False, None, 0.05),
     "advantage_clip": Range(0, True, None, 5.0),
     "max_grad_norm": Range(0, True, None, 1.0),
     "sample_batch": Range(1, False, None, 8),
     "micro_batch": Range(1, False, None, 8),
     "lora_rank": Range(1, False, None, 4),
+    "max_skipped": Range(0, False, None, 3),
 }
 
 
@@ -52,6 +53,8 @@ def require_in_range(settings: Mapping[str, Any]) -> None:
         raise UserError("settings out of range:\n" + "\n".join(wrong))
 
 
-def _within(value: float, allowed: Range) -> bool:
+def _within(value: float | Literal["auto"], allowed: Range) -> bool:
+    if value == "auto":
+        return True
     above = value > allowed.least if allowed.open else value >= allowed.least
     return above and (allowed.most is None or value <= allowed.most)

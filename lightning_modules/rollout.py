@@ -21,7 +21,7 @@ class Rollout:
         index: Global sample index, `(n,)` int64.
         prompts: n texts.
         conditions: Multi-hot, `(n, 6)`.
-        latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once.
+        latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
         log_probs: log p of each action under the policy that took it, `(n, T)` float32.
         images: x_0 decoded, `(n, 3, H, W)` in [0, 1].
     """
@@ -32,6 +32,42 @@ class Rollout:
     latents: Tensor
     log_probs: Tensor
     images: Tensor
+
+    def transitions(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return states and actions, x_t and x_{t-1}, each `(P, C, h, w)` on the device.
+
+        Args:
+            row: Row of each, `(P,)` int64 on the CPU.
+            step: Index of its transition, `(P,)` int64 on the CPU.
+        """
+        device = self.log_probs.device
+        state, action = self.latents[row, step], self.latents[row, step + 1]
+        return state.to(device, non_blocking=True), action.to(device, non_blocking=True)
+
+
+def empty_rollout(
+    index: Tensor, prompts: list[str], conditions: Tensor, shape: tuple[int, ...], on_host: bool
+) -> Rollout:
+    """Make room for the latents and log-probs of n samples, in one piece.
+
+    Args:
+        index: Global sample indices, `(n,)` int64.
+        prompts: n texts.
+        conditions: Multi-hot, `(n, 6)`, on the device.
+        shape: `(T + 1, C, h, w)` of a sample's latents.
+        on_host: Keep the latents in the host's memory, pinned if the device is a GPU.
+    """
+    n, device = len(index), conditions.device
+    kept = torch.device("cpu") if on_host else device
+    pinned = on_host and device.type == "cuda"
+    return Rollout(
+        index=index,
+        prompts=prompts,
+        conditions=conditions,
+        latents=torch.empty(n, *shape, device=kept, pin_memory=pinned),
+        log_probs=torch.empty(n, shape[0] - 1, device=device),
+        images=torch.empty(0, device=device),
+    )
 
 
 class Trajectory(NamedTuple):
@@ -62,17 +98,6 @@ def require_divisible(samples: int, updates: int, ranks: int) -> None:
         )
 
 
-def require_window(window: tuple[int, int] | None, steps: int) -> None:
-    """Refuse a window of trained steps that is empty or leaves the trajectory."""
-    if window is None or 0 <= window[0] < window[1] <= steps:
-        return
-    raise UserError(
-        f"timestep_window={list(window)}: it holds the first trained step and the first after, "
-        f"0 being the noisiest; of {steps} steps all are [0, {steps}], the last half is "
-        f"[{steps // 2}, {steps}]"
-    )
-
-
 def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
     """Shuffle the global sample indices of an epoch, `(M,)`.
 
@@ -86,8 +111,8 @@ class Pairs(NamedTuple):
     """(sample, step) pairs of one forward and backward pass, each column `(P,)`.
 
     Attributes:
-        row: Row of this rank's rollout.
-        step: Index of the transition.
+        row: Row of this rank's rollout, on the CPU.
+        step: Index of the transition, on the CPU.
         advantage: The sample's; zero for a pair that only keeps the ranks in step.
     """
 
@@ -114,20 +139,24 @@ def chosen_steps(
     return torch.stack([first + steps[:kept] for steps in permuted])
 
 
-def plan_passes(advantages: Tensor, rank: int, steps: Tensor, micro_batch: int) -> list[Pairs]:
+def plan_passes(
+    advantages: Tensor, rank: int, steps: Tensor, micro_batch: int, skip: bool = True
+) -> list[Pairs]:
     """Divide an update's pairs into passes, as many on every rank.
 
-    A sample whose advantage is zero has a zero gradient and costs no pass. As all ranks know all
-    advantages, they agree on the number of passes without a word; a rank that has fewer pairs than
-    another fills up with one pair of weight zero.
+    A sample whose advantage is zero has a zero policy gradient and costs no pass. As all ranks know
+    all advantages, they agree on the number of passes without a word; a rank that has fewer pairs
+    than another fills up with one pair of weight zero.
 
     Args:
         advantages: Of the update's samples, `(rows, ranks)`.
         rank: This one.
         steps: That this rank's rows train, `(rows, kept)` int64.
         micro_batch: Pairs a pass.
+        skip: Whether a sample of advantage zero is left out; it has a gradient of its own if the
+            loss has other terms.
     """
-    live = advantages != 0
+    live = (advantages != 0) | (not skip)
     kept = steps.shape[1]
     passes = max(1, math.ceil(int(live.sum(dim=0).max()) * kept / micro_batch))
     rows = live[:, rank].nonzero().flatten()

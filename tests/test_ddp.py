@@ -13,15 +13,22 @@ def dump_to(folder):
 SGD = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1")
 
 
-@pytest.mark.parametrize(("train", "optimizer"), [("lora", ()), ("full", SGD)])
+ONE_PASS = ("--model=OnePassDDPO", "--model.updates=1", "--model.inner_epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [((), 4), (("--model.train=full", *SGD), 4), ((*ONE_PASS, *SGD), 2)],
+    ids=["lora", "full", "one pass"],
+)
 def test_two_processes_train_the_weights_of_one(
-    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, train, optimizer
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, options, steps
 ):
     monkeypatch.chdir(tmp_path)
 
     def args(folder, *more):
         return ddpo(
-            folder, tiny_pipeline, tiny_classifiers, f"--model.train={train}", *optimizer,
+            folder, tiny_pipeline, tiny_classifiers, *options,
             "--model.baseline=window", "--model.micro_batch=5", "--trainer.max_epochs=2",
             dump_to(folder), *more,
         )  # fmt: skip
@@ -36,10 +43,41 @@ def test_two_processes_train_the_weights_of_one(
     assert distance(ranks[0]["state"], ranks[1]["state"]) == 0
     assert ranks[0]["window"] == ranks[1]["window"]
     # many passes, one reduction for each optimizer step
-    assert [r["reductions"] for r in ranks] == [4, 4]
-    assert [r["optimizer_steps"] for r in ranks] == [4, 4]
+    assert [r["reductions"] for r in ranks] == [steps, steps]
+    assert [r["optimizer_steps"] for r in ranks] == [steps, steps]
 
     assert distance(ranks[0]["state"], alone["state"]) < 1e-5
     for name in ("reward/mean", "reward/std", "reward/hair", "val/apr", "val/reward"):
         assert ranks[0]["metrics"][name] == ranks[1]["metrics"][name]
         assert ranks[0]["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-5)
+
+
+def test_four_processes_and_a_resume_on_fewer_train_the_weights_of_one(
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def args(folder, epochs, *more):
+        return ddpo(
+            folder, tiny_pipeline, tiny_classifiers, *SGD, "--model.kl_weight=0.1",
+            f"--trainer.max_epochs={epochs}", dump_to(folder), *more,
+        )  # fmt: skip
+
+    four, one = tmp_path / "four", tmp_path / "one"
+    parallel = ("--trainer.devices=4", "--trainer.strategy=ddp")
+    done = as_process(tmp_path, *args(four, 1, *parallel))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(four / f"rank_{rank}.pt", weights_only=True) for rank in range(4)]
+    assert all(distance(ranks[0]["state"], other["state"]) == 0 for other in ranks[1:])
+    assert [rank["reductions"] for rank in ranks] == [2] * 4
+    refused = as_process(tmp_path, *args(four, 2, "--trainer.devices=1"))
+    assert refused.returncode == 2
+    assert "world_size: 4 -> 1" in refused.stderr
+    resumed = as_process(
+        tmp_path, *args(four, 2, "--trainer.devices=1", "--resume.allow=world_size")
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "world_size: 4 -> 1" in resumed.stderr
+    in_process(*args(one, 2, "--trainer.devices=1"))
+    went_on, alone = (torch.load(folder / "rank_0.pt", weights_only=True) for folder in (four, one))
+    assert distance(went_on["state"], alone["state"]) < 1e-5

@@ -180,3 +180,56 @@ def test_every_shipped_configuration_trains(
     assert not (ROOT / "lightning_logs").exists()
     for leftover in (tmp_path / "lightning_logs", tmp_path / "runs"):
         assert not leftover.exists()
+
+
+def test_every_option_of_ddpo_is_one_of_the_configuration(
+    tiny_pipeline, tiny_classifiers, tmp_path
+):
+    (tmp_path / "all.yaml").write_text(
+        f"""
+model:
+  init_args:
+    reward:
+      class_path: RewardSum
+      init_args:
+        weights: [1.0, 0.1]
+        rewards:
+          - class_path: AttributeProbability
+            init_args: {{classifier: {tiny_classifiers["reward"]}, weights: {{ink: 2.0}}}}
+          - class_path: Brightness
+    optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 0.1}}}}
+    clip_range: [0.01, 0.02]
+    clip_dimensions: 256
+    kl_weight: 0.01
+    diversity_weight: 0.1
+    timestep_fraction: 0.5
+    timestep_window: [0, 3]
+    guidance_in_training: false
+    old_log_probs: training
+    gradient_checkpointing: true
+    trajectory: host
+    micro_batch: auto
+    max_skipped: 1
+trainer:
+  max_epochs: 1
+"""
+    )
+    args = ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers)
+    args = [arg for arg in args if "reward.classifier" not in arg and "clip_range" not in arg]
+    hacking = '{"class_path": "RewardHacking", "init_args": {"patience": 2}}'
+    cli = in_process(
+        *args, f"--config={tmp_path / 'all.yaml'}", f"--trainer.callbacks+={hacking}",
+        "--trainer.check_val_every_n_epoch=1",
+    )  # fmt: skip
+    policy, metrics = cli.model, cli.trainer.callback_metrics
+    # 4 x 8 x 8 latents have the 256 dimensions that the range is meant for
+    assert policy.clip_range == (0.01, 0.02)
+    assert policy.trained_steps == 2
+    assert policy.micro_batch in (4, 8, 16)
+    named = {"1_AttributeProbability", "2_Brightness", "diversity"}
+    assert {name for name in metrics if name.startswith("reward_share/")} == {
+        f"reward_share/{name}" for name in named
+    }
+    assert metrics["policy/reference_kl"] > 0
+    assert "val/judge_fall" in metrics
+    assert cli.trainer.global_step == 2

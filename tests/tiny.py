@@ -23,6 +23,10 @@ class RecordedDDPO(DDPO):
         self.rollouts.append(super().rollout(batch, order))
         return self.rollouts[-1]
 
+    def rescored(self, *args):
+        self.rollouts[-1] = super().rescored(*args)
+        return self.rollouts[-1]
+
     def advantages(self, *args):
         self.given.append(super().advantages(*args))
         return self.given[-1]

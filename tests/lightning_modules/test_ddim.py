@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 from datamodules.errors import UserError
 from lightning_modules.ddim import DDIMSchedule, denoise, initial_latents
@@ -79,6 +79,23 @@ def test_log_prob_is_the_mean_of_normal_densities():
         mean = schedule.mean(latents[i : i + 1], noise[i : i + 1], step[i : i + 1]).double()
         density = Normal(mean, schedule.sigma[i].double()).log_prob(previous[i : i + 1].double())
         assert ours[i].item() == pytest.approx(density.mean().item(), rel=1e-5)
+
+
+def test_divergence_is_the_mean_of_that_of_normals():
+    schedule = DDIMSchedule(scheduler(), 20)
+    latents, noise, other = (draws(i, 20, 4, 8, 8) for i in range(3))
+    step = torch.arange(20)
+    found = schedule.divergence(latents, noise, other, step)
+    for i in range(20):
+        one, two = (
+            Normal(
+                schedule.mean(latents[i : i + 1], e[i : i + 1], step[i : i + 1]).double(),
+                schedule.sigma[i].double(),
+            )
+            for e in (noise, other)
+        )
+        assert found[i].item() == pytest.approx(kl_divergence(one, two).mean().item(), rel=1e-3)
+    assert schedule.divergence(latents, noise, noise, step).tolist() == [0] * 20
 
 
 def test_actions_are_drawn_from_the_density_they_are_scored_by():

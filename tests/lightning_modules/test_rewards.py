@@ -1,10 +1,19 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
 from datamodules.errors import UserError
-from lightning_modules.rewards import AttributeMatch, Brightness, attribute_match
+from lightning_modules.rewards import (
+    AttributeMatch,
+    AttributeProbability,
+    Brightness,
+    RewardSum,
+    attribute_match,
+    shares,
+)
 
 
 class Reader(nn.Module):
@@ -18,8 +27,8 @@ class Reader(nn.Module):
         return self.logits.expand(len(images), -1)
 
 
-def reward_of(logits, conditions):
-    reward = AttributeMatch()
+def reward_of(logits, conditions, kind=AttributeMatch, **options):
+    reward = kind(**options)
     reward.network = Reader(logits)
     return reward(torch.rand(len(conditions), 3, 8, 8), conditions)
 
@@ -86,3 +95,63 @@ def test_brightness():
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.25)])
     assert Brightness()(images, CONDITIONS[:3]).value.tolist() == [0, 1, 0.25]
     assert Brightness().needs() == []
+
+
+LOGITS = [2.0, -2.0, 0.5, -0.1, 3.0, -3.0]
+
+
+def test_the_soft_reward_is_the_mean_probability_of_what_was_asked():
+    conditions = CONDITIONS[[0, 5, 15, 16, 31]]
+    scored = reward_of(LOGITS, conditions, AttributeProbability)
+    for i, condition in enumerate(conditions.tolist()):
+        says = [1 / (1 + math.exp(-x)) for x in LOGITS]
+        asked = [p if c else 1 - p for p, c in zip(says, condition, strict=True)]
+        assert scored.value[i].item() == pytest.approx(sum(asked) / 6)
+        assert [scored.parts[a][i].item() for a in ATTRIBUTES] == pytest.approx(asked)
+
+
+@pytest.mark.parametrize("kind", [AttributeMatch, AttributeProbability])
+def test_weighted_attributes(kind):
+    weights = {"ink": 3.0, "NV": 0.0}
+    scored = reward_of(LOGITS, CONDITIONS, kind, weights=weights)
+    plain = reward_of(LOGITS, CONDITIONS, kind)
+    expected = sum(weights.get(a, 1.0) * plain.parts[a] for a in ATTRIBUTES) / 7
+    torch.testing.assert_close(scored.value, expected)
+    torch.testing.assert_close(sum(scored.terms.values()), scored.value)
+    assert scored.terms["NV"].abs().max() == 0
+
+
+@pytest.mark.parametrize("weights", [{"inc": 1.0}, {"ink": -1.0}, dict.fromkeys(ATTRIBUTES, 0.0)])
+def test_weights_of_no_attribute_or_of_none_are_refused(weights):
+    with pytest.raises(UserError, match="name attributes among hair, gel_bubble"):
+        AttributeMatch(weights=weights)
+
+
+def test_a_sum_of_rewards_and_the_share_of_each(tiny_classifiers):
+    one = AttributeMatch(tiny_classifiers["reward"])
+    whole = RewardSum([one, Brightness()], weights=[0.5, 2.0])
+    assert [need.path for need in whole.needs()] == [tiny_classifiers["reward"]]
+    whole.load()
+    assert whole.state_dict() == {}
+    images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scored = whole(images, CONDITIONS)
+    hits, light = one(images, CONDITIONS).value, images.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(scored.value, 0.5 * hits + 2 * light)
+    torch.testing.assert_close(scored.parts["2_Brightness/value"], light)
+    assert "1_AttributeMatch/hair" in scored.parts
+    found = shares(scored.terms)
+    part = (0.5 * hits).sum() / (0.5 * hits + 2 * light).sum()
+    assert found["1_AttributeMatch"].item() == pytest.approx(part.item())
+    assert sum(found.values()).item() == pytest.approx(1)
+
+
+def test_a_sum_wants_a_weight_for_each():
+    with pytest.raises(UserError, match="2 rewards and 1 weights"):
+        RewardSum([Brightness(), Brightness()], weights=[1.0])
+    with pytest.raises(UserError, match="0 rewards"):
+        RewardSum([])
+
+
+def test_the_share_of_a_penalty_is_its_size():
+    found = shares({"paid": torch.tensor([3.0, 0.0]), "taken": torch.tensor([-0.5, 0.5])})
+    assert [value.item() for value in found.values()] == [0.75, 0.25]

@@ -8,7 +8,6 @@ from lightning_modules.rollout import (
     plan_passes,
     record,
     require_divisible,
-    require_window,
     sample_order,
 )
 
@@ -69,12 +68,6 @@ def test_steps_are_drawn_without_replacement_for_each_sample_anew():
 def test_steps_come_from_the_window_alone():
     steps = chosen_steps(torch.arange(40), (3, 7), 2, (42, 0, 0))
     assert set(steps.flatten().tolist()) == {3, 4, 5, 6}
-
-
-@pytest.mark.parametrize("window", [(2, 2), (-1, 3), (5, 11)])
-def test_a_window_outside_the_trajectory_is_refused(window):
-    with pytest.raises(UserError, match=r"all are \[0, 10\], the last half is \[5, 10\]"):
-        require_window(window, 10)
 
 
 def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
