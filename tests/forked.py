@@ -22,7 +22,7 @@ def forked(function, *args):
 
 
 def forked_ranks(function, *args, ranks=2, timeout=120):
-    """Call in two processes that find each other as DDP's do; return their exit codes."""
+    """Call in processes that find each other as DDP's do; return their exit codes."""
     port = _free_port()
     children = [_start_rank(rank, ranks, port, function, args) for rank in range(ranks)]
     return wait_for(children, timeout)
