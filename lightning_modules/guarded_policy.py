@@ -14,7 +14,7 @@ from lightning_modules.policy import Policy
 from lightning_modules.policy_gradient import PolicyLoss
 from lightning_modules.preflight import Epoch, seconds, table
 from lightning_modules.randomness import keys
-from lightning_modules.rollout import Pairs, Rollout, record
+from lightning_modules.rollout import Pairs, Rollout
 
 DRAWN_BY = ("seed", "pipeline", "steps", "eta", "guidance", "sample_batch", "train", "lora_rank")
 
@@ -180,4 +180,5 @@ def draw_again(policy: Policy, file: Path) -> Tensor:
     index = torch.tensor([fault["index"] for fault in faults])
     noise_keys = keys(kept["seed"], "rollout", kept["epoch"], index)
     with torch.no_grad():
-        return record(*policy.walk([fault["prompt"] for fault in faults], noise_keys)).latents
+        latents, transitions = policy.walk([fault["prompt"] for fault in faults], noise_keys)
+        return torch.stack([latents, *(step.previous for step in transitions)], dim=1)

@@ -12,7 +12,7 @@ from lightning_modules.ddpo import DDPO
 from lightning_modules.lora import adapter_layers
 from lightning_modules.per_sample import per_sample_gradients
 from lightning_modules.policy_gradient import Means, clipped_policy_loss
-from lightning_modules.rollout import Pairs, Rollout, Trajectory, chosen_steps
+from lightning_modules.rollout import Pairs, Rollout, chosen_steps
 
 
 class OnePassDDPO(DDPO):
@@ -51,7 +51,7 @@ class OnePassDDPO(DDPO):
         self.scores: list[list[Tensor]] = []
         return super().rollout(batch, order)
 
-    def follow(self, rollout: Rollout, rows: slice) -> Trajectory:
+    def follow(self, rollout: Rollout, rows: slice) -> Tensor:
         """Walk with some samples, with a backward pass after each step that is trained."""
         index = rollout.index[rows]
         seeds = (self.hparams.seed, self.current_epoch, 0)
@@ -59,9 +59,9 @@ class OnePassDDPO(DDPO):
         self.trained = torch.zeros(len(index), len(self.schedule)).scatter(1, steps, 1.0)
         layers = adapter_layers(self.unet)
         with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
-            trajectory = super().follow(rollout, rows)
+            final = super().follow(rollout, rows)
         self.scores.append([collector.grad for collector in collectors])
-        return trajectory
+        return final
 
     def reported(
         self, transitions: Iterator[Transition], rollout: Rollout, rows: slice

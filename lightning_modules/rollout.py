@@ -44,6 +44,20 @@ class Rollout:
         state, action = self.latents[row, step], self.latents[row, step + 1]
         return state.to(device, non_blocking=True), action.to(device, non_blocking=True)
 
+    def record(self, rows: slice, latents: Tensor, transitions: Iterable[Transition]) -> Tensor:
+        """Follow a walk of some samples from x_T, keep each step in its place, and return x_0.
+
+        Args:
+            rows: The samples, B of n.
+            latents: x_T, `(B, C, h, w)`.
+            transitions: The steps, taken as they are asked for.
+        """
+        self.latents[rows, 0] = latents
+        for step, latents, log_prob in transitions:
+            self.latents[rows, step + 1] = latents
+            self.log_probs[rows, step] = log_prob
+        return latents
+
 
 def empty_rollout(
     index: Tensor, prompts: list[str], conditions: Tensor, shape: tuple[int, ...], on_host: bool
@@ -68,22 +82,6 @@ def empty_rollout(
         log_probs=torch.empty(n, shape[0] - 1, device=device),
         images=torch.empty(0, device=device),
     )
-
-
-class Trajectory(NamedTuple):
-    """States x_T to x_0, `(B, T + 1, C, h, w)`, and the actions' log-probs, `(B, T)`."""
-
-    latents: Tensor
-    log_probs: Tensor
-
-
-def record(latents: Tensor, transitions: Iterable[Transition]) -> Trajectory:
-    """Follow a walk from x_T, `(B, C, h, w)`, to its end and keep all of it."""
-    states, log_probs = [latents], []
-    for transition in transitions:
-        states.append(transition.previous)
-        log_probs.append(transition.log_prob)
-    return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1))
 
 
 def require_divisible(samples: int, updates: int, ranks: int) -> None:

@@ -17,9 +17,7 @@ from lightning_modules.randomness import keys
 from lightning_modules.rewards import shares
 from lightning_modules.rollout import (
     Rollout,
-    Trajectory,
     empty_rollout,
-    record,
     require_divisible,
     sample_order,
 )
@@ -57,17 +55,14 @@ class SampledPolicy(GuardedPolicy):
         images = []
         for first in range(0, len(mine), self.rollout_batch):
             rows = slice(first, first + self.rollout_batch)
-            trajectory = self.follow(rollout, rows)
-            rollout.latents[rows] = trajectory.latents.to(rollout.latents.device)
-            rollout.log_probs[rows] = trajectory.log_probs
-            images.append(self.decode(trajectory.latents[:, -1]))
+            images.append(self.decode(self.follow(rollout, rows)))
         return replace(rollout, images=torch.cat(images))
 
-    def follow(self, rollout: Rollout, rows: slice) -> Trajectory:
-        """Walk with some of this rank's samples from x_T to x_0, and record all of it."""
+    def follow(self, rollout: Rollout, rows: slice) -> Tensor:
+        """Walk with some of this rank's samples from x_T to x_0, record all of it, return x_0."""
         noise_keys = keys(self.hparams.seed, "rollout", self.current_epoch, rollout.index[rows])
         latents, transitions = self.walk(rollout.prompts[rows], noise_keys)
-        return record(latents, self.reported(transitions, rollout, rows))
+        return rollout.record(rows, latents, self.reported(transitions, rollout, rows))
 
     def reported(
         self, transitions: Iterator[Transition], rollout: Rollout, rows: slice

@@ -5,8 +5,8 @@ from datamodules.errors import UserError
 from lightning_modules.ddim import Transition
 from lightning_modules.rollout import (
     chosen_steps,
+    empty_rollout,
     plan_passes,
-    record,
     require_divisible,
     sample_order,
 )
@@ -80,10 +80,14 @@ def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
 def test_record_keeps_every_state_and_density():
     start = torch.zeros(2, 4, 8, 8)
     walk = [Transition(i, start + i + 1, torch.tensor([i, -i])) for i in range(3)]
-    trajectory = record(start, iter(walk))
-    assert trajectory.latents.shape == (2, 4, 4, 8, 8)
-    assert trajectory.latents[1, :, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert trajectory.log_probs.tolist() == [[0, 1, 2], [0, -1, -2]]
+    rollout = empty_rollout(
+        torch.arange(3), ["a", "b", "c"], torch.zeros(3, 6), (4, 4, 8, 8), on_host=True
+    )
+    final = rollout.record(slice(1, 3), start, iter(walk))
+    assert torch.equal(final, start + 3)
+    assert rollout.latents.shape == (3, 4, 4, 8, 8)
+    assert rollout.latents[2, :, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert rollout.log_probs[1:].tolist() == [[0, 1, 2], [0, -1, -2]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+import gc
+
+import torch
+from tiny import prompts, quiet_trainer, tiny_ddpo
+
+from lightning_modules import DDPO, Brightness
+
+
+class Living:
+    """The most bytes that tensors hold at once, looked at after the rollout and each update."""
+
+    def __init__(self, policy):
+        self.most = 0
+        policy.report_progress = self.look
+
+    def look(self, phase, done, total):
+        if done < total:
+            return
+        storages = {
+            (s := t.untyped_storage()).data_ptr(): s.nbytes()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor
+        }
+        self.most = max(self.most, sum(storages.values()))
+
+
+def test_memory_grows_with_samples_times_latents_alone(tiny_pipeline, tiny_classifiers, tmp_path):
+    peaks = {}
+    for samples, inner_epochs in ((16, 1), (16, 4), (32, 1)):
+        policy = tiny_ddpo(
+            tiny_pipeline, tiny_classifiers, kind=DDPO, reward=Brightness(), steps=8,
+            inner_epochs=inner_epochs, updates=1, sample_batch=16, micro_batch=64,
+        )  # fmt: skip
+        gc.collect()
+        living = Living(policy)
+        quiet_trainer(tmp_path, max_epochs=1).fit(policy, datamodule=prompts(samples))
+        peaks[samples, inner_epochs] = living.most
+        del policy, living
+    # some numbers an update are logged
+    assert abs(peaks[16, 4] - peaks[16, 1]) < 2000
+    latents, image, log_probs = (8 + 1) * 4 * 8 * 8 * 4, 3 * 16 * 16 * 4, 8 * 4
+    grown = (peaks[32, 1] - peaks[16, 1]) / 16
+    assert latents * 0.95 < grown < (latents + image + log_probs) * 1.05
