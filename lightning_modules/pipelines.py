@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +28,8 @@ from lightning_modules.pipeline_source import (
     is_hub_id,
 )
 from lightning_modules.single_file import load_single_file
+
+PREFIX = "text_model."
 
 # small files, read in an instant: their own bars and notes would only break ours
 for library in (diffusers_logging, transformers_logging):
@@ -134,3 +137,16 @@ def _damaged(folder: Path, error: Exception) -> str:
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as safetensors so that `from_pretrained(folder)` opens it."""
     pipeline.save_pretrained(folder, safe_serialization=True)
+    _name_as_before(folder / "text_encoder" / "model.safetensors")
+
+
+def _name_as_before(file: Path) -> None:
+    """Give the text encoder's weights the names of Stable Diffusion v1.5's own files.
+
+    The transformers from 5.0 on write them without the prefix and read both; those before, and the
+    tools that convert pipelines, fill a text encoder without it with random numbers and go on.
+    """
+    weights = load_file(file)
+    if not any(name.startswith(PREFIX) for name in weights):
+        named = {PREFIX + name: weight for name, weight in weights.items()}
+        save_file(named, file, metadata={"format": "pt"})

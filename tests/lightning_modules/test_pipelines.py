@@ -32,6 +32,21 @@ def test_a_pipeline_survives_saving_and_loading(tiny_pipeline, tmp_path):
         assert torch.equal(again.unet.state_dict()[name], tensor)
 
 
+def test_older_tools_find_the_text_encoder_s_weights_by_their_names(tiny_pipeline, tmp_path):
+    pipeline = load_pipeline(tiny_pipeline)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        save_pipeline(pipeline, folder)
+        saved = load_file(folder / "text_encoder" / "model.safetensors")
+        # the names in Stable Diffusion v1.5's own files
+        assert "text_model.embeddings.token_embedding.weight" in saved
+        assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in saved
+        assert all(name.startswith("text_model.") for name in saved)
+        again = load_pipeline(str(folder)).text_encoder.state_dict()
+        for name, tensor in pipeline.text_encoder.state_dict().items():
+            assert torch.equal(again[name], tensor)
+        pipeline = load_pipeline(str(folder))
+
+
 def test_any_scheduler_becomes_ddim_and_keeps_its_noise_schedule(tiny_pipeline, tmp_path):
     folder = shutil.copytree(tiny_pipeline, tmp_path / "pndm")
     index = folder / "model_index.json"
