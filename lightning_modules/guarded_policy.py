@@ -14,7 +14,7 @@ from lightning_modules.policy import Policy
 from lightning_modules.policy_gradient import PolicyLoss
 from lightning_modules.preflight import Epoch, seconds, table
 from lightning_modules.randomness import keys
-from lightning_modules.rollout import Pairs, Rollout
+from lightning_modules.rollout import Pairs, Rollout, empty_rollout
 
 DRAWN_BY = ("seed", "pipeline", "steps", "eta", "guidance", "sample_batch", "train", "lora_rank")
 
@@ -94,15 +94,16 @@ class GuardedPolicy(Policy):
 
     def blank_rollout(self) -> Rollout:
         """Return one sample of zeros, to try on what a pass costs."""
-        steps = self.hparams.steps
-        return Rollout(
-            index=torch.zeros(1, dtype=torch.long),
-            prompts=[""],
-            conditions=torch.zeros(1, 6, device=self.device),
-            latents=torch.zeros(1, steps + 1, *self.latent_shape, device=self.device),
-            log_probs=torch.zeros(1, steps, device=self.device),
-            images=torch.zeros(1, 3, 1, 1, device=self.device),
+        rollout = empty_rollout(
+            torch.zeros(1, dtype=torch.long),
+            [""],
+            torch.zeros(1, 6, device=self.device),
+            (self.hparams.steps + 1, *self.latent_shape),
+            on_host=False,
         )
+        rollout.latents.zero_()
+        rollout.log_probs.zero_()
+        return rollout
 
     def faults_of(self, rollout: Rollout, passes: list[Pairs]) -> list[Fault]:
         """Find this rank's pairs whose loss or gradient is not finite; no other rank is asked."""

@@ -1,7 +1,5 @@
 """Rewards r(x_0, c): how well an image shows what its prompt asks for."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -9,28 +7,8 @@ from datamodules.attributes import ATTRIBUTES
 from datamodules.errors import UserError
 from lightning_modules.classifier import load_classifier
 from lightning_modules.frozen import Frozen
+from lightning_modules.reward_terms import Rewards
 from lightning_modules.stages import Need
-
-
-class Rewards(NamedTuple):
-    """The reward of each image, `(B,)`, and what it is made of, each `(B,)`.
-
-    Attributes:
-        value: The reward.
-        parts: What is worth a curve of its own.
-        terms: Addends of the value, whose shares in it are logged.
-    """
-
-    value: Tensor
-    parts: dict[str, Tensor]
-    terms: dict[str, Tensor] = {}  # noqa: RUF012 - nobody adds to it
-
-
-def shares(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each term's part of the sum of all absolute values, in [0, 1]; terms are `(M,)`."""
-    sizes = {name: term.abs().nansum() for name, term in terms.items()}
-    whole = sum(sizes.values())
-    return {name: size / whole for name, size in sizes.items()}
 
 
 class Reward(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 from lightning_modules.ddim import Transition
 from lightning_modules.randomness import generator, key
+from lightning_modules.reward_terms import Rewards
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Rollout:
         conditions: Multi-hot, `(n, 6)`.
         latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
         log_probs: log p of each action under the policy that took it, `(n, T)` float32.
-        images: x_0 decoded, `(n, 3, H, W)` in [0, 1].
+        scored: What the images of x_0 earned; the images themselves are not kept.
+        looks: Their colour and layout, `(n, F)` in [0, 1].
     """
 
     index: Tensor
@@ -31,7 +33,8 @@ class Rollout:
     conditions: Tensor
     latents: Tensor
     log_probs: Tensor
-    images: Tensor
+    scored: Rewards
+    looks: Tensor
 
     def transitions(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return states and actions, x_t and x_{t-1}, each `(P, C, h, w)` on the device.
@@ -80,7 +83,8 @@ def empty_rollout(
         conditions=conditions,
         latents=torch.empty(n, *shape, device=kept, pin_memory=pinned),
         log_probs=torch.empty(n, shape[0] - 1, device=device),
-        images=torch.empty(0, device=device),
+        scored=Rewards(torch.empty(0, device=device), {}),
+        looks=torch.empty(0, device=device),
     )
 
 

@@ -14,7 +14,7 @@ from lightning_modules.diversity import group_diversity, layout
 from lightning_modules.guarded_policy import GuardedPolicy
 from lightning_modules.non_finite import Fault
 from lightning_modules.randomness import keys
-from lightning_modules.rewards import shares
+from lightning_modules.reward_terms import joined, shares
 from lightning_modules.rollout import (
     Rollout,
     empty_rollout,
@@ -43,7 +43,10 @@ class SampledPolicy(GuardedPolicy):
 
     @torch.no_grad()
     def rollout(self, batch: dict[str, Any], order: Tensor) -> Rollout:
-        """Draw this rank's samples with their intermediate states (Algorithm 1, line 4)."""
+        """Draw this rank's samples with their intermediate states (Algorithm 1, line 4).
+
+        Each batch is scored when it is drawn, so that no more images are in memory than its own.
+        """
         mine = order[self.global_rank :: self.trainer.world_size]
         rollout = empty_rollout(
             batch["index"][mine],
@@ -52,11 +55,13 @@ class SampledPolicy(GuardedPolicy):
             (len(self.schedule) + 1, *self.latent_shape),
             on_host=self.hparams.trajectory == "host",
         )
-        images = []
+        scored, looks = [], []
         for first in range(0, len(mine), self.rollout_batch):
             rows = slice(first, first + self.rollout_batch)
-            images.append(self.decode(self.follow(rollout, rows)))
-        return replace(rollout, images=torch.cat(images))
+            images = self.decode(self.follow(rollout, rows))
+            scored.append(self.reward(images, rollout.conditions[rows]))
+            looks.append(layout(images))
+        return replace(rollout, scored=joined(scored), looks=torch.cat(looks))
 
     def follow(self, rollout: Rollout, rows: slice) -> Tensor:
         """Walk with some of this rank's samples from x_T to x_0, record all of it, return x_0."""
@@ -76,13 +81,13 @@ class SampledPolicy(GuardedPolicy):
 
     @torch.no_grad()
     def rewards(self, rollout: Rollout, groups: Tensor) -> Tensor:
-        """Score the images (Algorithm 1, line 5) and gather all ranks', `(M,)` in sample order."""
-        mine = self.reward(rollout.images, rollout.conditions)
+        """Gather the rewards of all ranks (Algorithm 1, line 5), `(M,)` in sample order."""
+        mine = rollout.scored
         self.report_progress("reward", 1, 1)
         rewards = self.gather_in_order(mine.value)
         terms = {name: self.gather_in_order(term) for name, term in mine.terms.items()}
         if self.hparams.diversity_weight:
-            looks = self.gather_in_order(layout(rollout.images).nan_to_num())
+            looks = self.gather_in_order(rollout.looks.nan_to_num())
             terms["diversity"] = self.hparams.diversity_weight * group_diversity(looks, groups)
             rewards = rewards + terms["diversity"]
         for name, part in mine.parts.items():

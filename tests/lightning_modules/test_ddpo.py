@@ -161,7 +161,7 @@ def test_a_batch_of_any_size_samples_the_same_images(make, tmp_path):
     one, *others = (p.rollouts[0] for p in policies)
     for other in others:
         torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-4)
-        torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.looks, other.looks, rtol=0, atol=1e-4)
 
 
 def test_samples_without_advantage_are_skipped_and_weigh_zero(make, tmp_path):
@@ -252,7 +252,8 @@ def test_advantages_go_to_the_samples_that_earned_them(make, tmp_path):
     policy = make(baseline="none")
     fit(policy, tmp_path)
     (rollout,), ((advantages, _),) = policy.rollouts, policy.given
-    assert torch.equal(advantages, policy.reward(rollout.images, rollout.conditions).value)
+    images = policy.decode(rollout.latents[:, -1])
+    assert torch.equal(advantages, policy.reward(images, rollout.conditions).value)
     for row, text in enumerate(rollout.prompts):
         assert torch.equal(rollout.conditions[row], CONDITIONS[prompt_id(text)])
         key = keys(42, "rollout", 0, rollout.index[row : row + 1])
@@ -438,7 +439,7 @@ def test_diversity_is_paid_and_logged_with_its_share(make, tmp_path):
     fit(plain, tmp_path)
     (rollout,), ((paid, _),), ((unpaid, _),) = policy.rollouts, policy.given, plain.given
     groups = torch.tensor([prompt_id(prompt) for prompt in rollout.prompts])
-    expected = 0.5 * group_diversity(layout(rollout.images), groups)
+    expected = 0.5 * group_diversity(layout(policy.decode(rollout.latents[:, -1])), groups)
     assert expected.min() > 0
     torch.testing.assert_close(paid - unpaid, expected)
     share = expected.sum() / paid.sum()

@@ -29,7 +29,7 @@ def test_memory_grows_with_samples_times_latents_alone(tiny_pipeline, tiny_class
     for samples, inner_epochs in ((16, 1), (16, 4), (32, 1)):
         policy = tiny_ddpo(
             tiny_pipeline, tiny_classifiers, kind=DDPO, reward=Brightness(), steps=8,
-            inner_epochs=inner_epochs, updates=1, sample_batch=16, micro_batch=64,
+            inner_epochs=inner_epochs, updates=1, sample_batch=8, micro_batch=64,
         )  # fmt: skip
         gc.collect()
         living = Living(policy)
@@ -38,6 +38,8 @@ def test_memory_grows_with_samples_times_latents_alone(tiny_pipeline, tiny_class
         del policy, living
     # some numbers an update are logged
     assert abs(peaks[16, 4] - peaks[16, 1]) < 2000
-    latents, image, log_probs = (8 + 1) * 4 * 8 * 8 * 4, 3 * 16 * 16 * 4, 8 * 4
+    latents = (8 + 1) * 4 * 8 * 8 * 4
+    log_probs, looks = 8 * 4, 3 * 8 * 8 * 4
     grown = (peaks[32, 1] - peaks[16, 1]) / 16
-    assert latents * 0.95 < grown < (latents + image + log_probs) * 1.05
+    # an image has 3 x 16 x 16 numbers, and is not among them
+    assert latents < grown < (latents + log_probs + looks) * 1.02

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -36,14 +35,9 @@ class Spoilt(RecordedDDPO):
             rollout.log_probs[3, 1] = math.nan
         if self.where == "loss" and self.is_spoilt:
             rollout.latents[3, 2, 0, 0, 0] = math.nan
-        return rollout
-
-    def rewards(self, rollout, groups):
         if self.where == "reward" and self.is_spoilt:
-            images = rollout.images.clone()
-            images[3] = math.nan
-            rollout = replace(rollout, images=images)
-        return super().rewards(rollout, groups)
+            rollout.scored.value[3] = math.nan
+        return rollout
 
     def accumulate(self, *args):
         means = super().accumulate(*args)

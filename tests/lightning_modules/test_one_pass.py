@@ -59,8 +59,8 @@ def test_one_pass_takes_the_gradients_of_two(make, tmp_path, options):
     assert trainer.callback_metrics["policy/ratio_deviation"] == 0
     # in the second epoch both kinds of adapter weights have a gradient
     for epoch in range(2):
-        images = two.rollouts[epoch].images
-        torch.testing.assert_close(one.rollouts[epoch].images, images, rtol=0, atol=1e-5)
+        looks = two.rollouts[epoch].looks
+        torch.testing.assert_close(one.rollouts[epoch].looks, looks, rtol=0, atol=1e-5)
         assert torch.equal(one.given[epoch].values, two.given[epoch].values)
         expected, found = (flat(p.steps_taken[epoch][1]) for p in (two, one))
         assert expected.norm() > 1e-4

@@ -6,13 +6,13 @@ from torch import nn
 
 from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
 from datamodules.errors import UserError
+from lightning_modules.reward_terms import shares
 from lightning_modules.rewards import (
     AttributeMatch,
     AttributeProbability,
     Brightness,
     RewardSum,
     attribute_match,
-    shares,
 )
 
 
@@ -150,8 +150,3 @@ def test_a_sum_wants_a_weight_for_each():
         RewardSum([Brightness(), Brightness()], weights=[1.0])
     with pytest.raises(UserError, match="0 rewards"):
         RewardSum([])
-
-
-def test_the_share_of_a_penalty_is_its_size():
-    found = shares({"paid": torch.tensor([3.0, 0.0]), "taken": torch.tensor([-0.5, 0.5])})
-    assert [value.item() for value in found.values()] == [0.75, 0.25]
