@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SEED ?= 0
 RUN ?= runs/demo
+CHAOS_SEED ?= 0
 
 # the tests and the demo run many small operations: threads that spin while they wait only get in
 # the way, and memory given back to the system after each of them has to be asked for again
@@ -12,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 PY = .venv/bin/python
 BASE = runs/base
 
-.PHONY: help demo report test lint base
+.PHONY: help demo report test chaos lint base
 help:               ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -45,6 +46,9 @@ base: .venv/installed   ## make the embedded base again (an hour or two) and mea
 
 test: .venv/installed   ## the test suite
 	$(PY) -m pytest
+
+chaos: .venv/installed  ## 200 random faults against tiny runs; CHAOS_SEED=1 takes others
+	CHAOS_TRIALS=200 CHAOS_SEED=$(CHAOS_SEED) $(PY) -m pytest -s tests/fault_tolerance/test_chaos.py
 
 lint: .venv/installed   ## ruff, rules and format
 	.venv/bin/ruff check .

@@ -1,6 +1,11 @@
 import pytest
+import torch
+from command_line import ddpo, in_process
+from runs import last
 
+from datamodules.errors import UserError
 from fault_tolerance.settings import differences, is_allowed, settings_of
+from lightning_modules.classifier import load_classifier
 
 
 def config(**model):
@@ -48,3 +53,66 @@ def test_a_file_counts_by_its_content(tmp_path):
 )
 def test_a_key_is_allowed_by_its_end(key, allowed, expected):
     assert is_allowed(key, allowed) is expected
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_pipeline, tiny_classifiers, tmp_path_factory):
+    """A run of one epoch, and the arguments that go on with it."""
+    folder = tmp_path_factory.mktemp("begun")
+    args = [
+        *ddpo(folder / "run", tiny_pipeline, tiny_classifiers),
+        *("--data.samples_per_epoch=8", "--data.validation_samples_per_prompt=0"),
+        "--model.steps=2",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        in_process(*args, "--trainer.max_epochs=1")
+    return folder / "run", [*args, "--trainer.max_epochs=2"]
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "shown"),
+    [
+        ("--model.optimizer.lr=0.5", "lr", "model.optimizer.lr: 0.0003 -> 0.5"),
+        ("--model.clip_range=0.5", "clip_range", "model.clip_range: 0.01 -> 0.5"),
+        ("--data.prompts=balanced", "prompts", "data.prompts: ['a dermoscopic"),
+        ("--model.reward=Brightness", "reward", "model.reward: "),
+        ("--seed_everything=7", "seed_everything", "seed_everything: 42 -> 7"),
+    ],
+)
+def test_a_changed_setting_is_shown_and_refused(begun, monkeypatch, option, key, shown):
+    folder, args = begun
+    monkeypatch.chdir(folder.parent)
+    options = [option, "--data.samples_per_epoch=32"] if key == "prompts" else [option]
+    before = last(folder)
+    with pytest.raises(UserError) as error:
+        in_process(*args, *options)
+    message = str(error.value)
+    for part in (shown, "--resume.allow '[", key, "--ckpt_path null"):
+        assert part in message
+    assert last(folder)["global_step"] == before["global_step"]
+
+
+def test_another_reward_checkpoint_under_the_same_name_is_noticed(
+    begun, tiny_classifiers, monkeypatch, tmp_path
+):
+    folder, args = begun
+    monkeypatch.chdir(folder.parent)
+    other = tmp_path / "reward.ckpt"
+    whole = torch.load(tiny_classifiers["reward"], weights_only=True)
+    whole["state_dict"]["network.classifier.bias"] += 1
+    torch.save(whole, other)
+    load_classifier(other)
+    with pytest.raises(UserError, match=r"sha256 of model\.reward\.classifier: \w+ -> \w+"):
+        in_process(*args, f"--model.reward.classifier={other}")
+
+
+def test_an_allowed_change_of_the_learning_rate_takes_effect(begun, monkeypatch):
+    """Lightning would announce the new one and train with the old one."""
+    folder, args = begun
+    monkeypatch.chdir(folder.parent)
+    assert last(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == 3e-4
+    with pytest.warns(UserWarning, match=r"model\.optimizer\.lr: 0\.0003 -> 1e-05"):
+        cli = in_process(*args, "--model.optimizer.lr=1e-5", "--resume.allow=lr")
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 1e-5
+    assert last(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-5

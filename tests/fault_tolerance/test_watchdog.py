@@ -1,9 +1,11 @@
+import os
 import re
 import signal
 import sys
 from functools import partial
 
 import pytest
+from command_line import ddpo, start_process
 from forked import forked_ranks
 from runs import fit, loaded_ddpo
 
@@ -70,3 +72,22 @@ def test_the_watchdog_ends_with_the_run(policy, tmp_path):
 def test_impossible_limits():
     with pytest.raises(UserError, match=r"silence=0\.1"):
         Watchdog(silence=0.1)
+
+
+def test_the_real_command_line_leaves_no_orphan(tiny_pipeline, tiny_classifiers, tmp_path):
+    """Process 1, which Lightning started, is killed; process 0 says so and ends."""
+    process = start_process(
+        tmp_path,
+        *ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers),
+        *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500"),
+        FAULT="update:3:kill:1",
+    )
+    _, said = process.communicate(timeout=280)
+    assert process.returncode == 1
+    last = said.strip().splitlines()[-4:]
+    assert "process 1 of 2 was lost in the phase" in last[0]
+    assert "it was killed by SIGKILL" in last[0]
+    assert last[3].startswith("  To go on: python ")
+    assert "run.py fit --config=ddpo.yaml" in last[3]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-process.pid, 0)
