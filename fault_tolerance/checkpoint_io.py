@@ -22,7 +22,9 @@ PART = ".part"
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target, syncs it, renames it, and its manifest last.
+    """Writes a checkpoint and its manifest beside their targets, syncs both, and renames both.
+
+    The manifest takes its place last; until then it is found under the name it was written to.
 
     Lightning stages in TMPDIR and copies when that is another file system, so that a kill can
     destroy the old checkpoint and leave no new one; and a folder that cannot be written is passed
@@ -40,6 +42,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             part = path.with_name(path.name + PART)
             try:
                 size, sha256 = _write(checkpoint, part)
+                reach("save.manifest")
+                write_manifest(part, _manifest(checkpoint, path.name, size, sha256))
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
@@ -49,17 +53,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             os.replace(part, path)
             sync_folder(path.parent)
             reach("save.manifest")
-            run = checkpoint.get("run", {})
-            manifest = Manifest(
-                file=path.name,
-                bytes=size,
-                sha256=sha256,
-                epoch=checkpoint.get("epoch", 0),
-                global_step=checkpoint.get("global_step", 0),
-                between_steps=run.get("between_steps", True),
-                settings=run.get("settings", {}),
-            )
-            write_manifest(path, manifest)
+            os.replace(manifest_path(part), manifest_path(path))
             sync_folder(path.parent)
 
     def load_checkpoint(
@@ -74,6 +68,19 @@ class DurableCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
         reach("prune")
         manifest_path(Path(path)).unlink(missing_ok=True)
+
+
+def _manifest(checkpoint: dict[str, Any], name: str, size: int, sha256: str) -> Manifest:
+    run = checkpoint.get("run", {})
+    return Manifest(
+        file=name,
+        bytes=size,
+        sha256=sha256,
+        epoch=checkpoint.get("epoch", 0),
+        global_step=checkpoint.get("global_step", 0),
+        between_steps=run.get("between_steps", True),
+        settings=run.get("settings", {}),
+    )
 
 
 def previous_path(path: Path) -> Path:

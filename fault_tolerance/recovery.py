@@ -76,7 +76,9 @@ def newest_whole(folder: Path, mend: bool = True) -> Found | None:
 def _search(folder: Path) -> tuple[Found | None, list[Damaged]]:
     """Take candidates from the newest on, until one is whole."""
     files = [p for p in folder.glob("*.ckpt") if p.is_file() and not p.is_symlink()]
-    manifests = [m for p in folder.glob("*.ckpt.json") if (m := read_manifest(p)) is not None]
+    # a save that was cut between its two renames has left the manifest under another name
+    known = [*folder.glob("*.ckpt.json"), *folder.glob(f"*.ckpt{PART}.json")]
+    manifests = [m for p in known if (m := read_manifest(p)) is not None]
     by_hash = {m.sha256: m for m in manifests}
     sizes = {m.bytes for m in manifests}
     own = {p: read_manifest(manifest_path(p)) for p in files}
@@ -137,7 +139,7 @@ def _tidy(found: Found) -> None:
     if read_manifest(manifest_path(found.path)) != found.manifest:
         write_manifest(found.path, found.manifest)
     folder = found.path.parent
-    for part in folder.glob(f"*{PART}"):
+    for part in [*folder.glob(f"*{PART}"), *folder.glob(f"*{PART}.json")]:
         part.unlink()
     for manifest in folder.glob("*.ckpt.json"):
         if not manifest.with_suffix("").exists():

@@ -50,7 +50,7 @@ class Resume(Callback):
         elif ckpt_path:
             manifest = read_manifest(manifest_path(Path(ckpt_path).resolve()))
             self.found = Found(Path(ckpt_path), manifest) if manifest else None
-        if self.found and rank_zero_only.rank == 0:
+        if self.found:
             self._require_same_run(self.found.manifest)
         return ckpt_path
 

@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 def passes(point):
     """How often one save passes a point."""
-    return {"save.write": 6, "save.fsync": 1, "save.replace": 3, "save.manifest": 1}[point]
+    return {"save.write": 6, "save.fsync": 1, "save.replace": 3, "save.manifest": 2}[point]
 
 
 EVERY_POINT = [
@@ -94,17 +94,39 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_or_the_new_state(
     found = newest_whole(folder)
     assert found.manifest.global_step in (2, 3)
     assert_state(loaded(found.path), found.manifest.global_step)
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob("*.part*"))
     # and the next save works as if nothing had happened
     save(folder, 4)
     assert newest_whole(folder).manifest.global_step == 4
     assert_state(loaded(folder / "last.ckpt"), 4)
 
 
-def test_a_kill_in_the_first_save_leaves_no_half_of_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("FAULT", "save.fsync:1:kill")
+@pytest.mark.parametrize(("point", "n"), EVERY_POINT)
+def test_a_kill_in_the_first_save_of_all_keeps_no_half_of_it(tmp_path, monkeypatch, point, n):
+    """There is nothing to go back to; the run goes on or begins again by itself."""
+    if (point, n) == ("save.replace", 3):
+        pytest.skip("there is nothing to put aside")
+    monkeypatch.setenv("FAULT", f"{point}:{n}:kill")
     assert forked(save, tmp_path, 1) == -signal.SIGKILL
-    assert newest_whole(tmp_path) is None
+    monkeypatch.delenv("FAULT")
+    found = newest_whole(tmp_path)
+    assert (found is not None) == ((point, n) == ("save.manifest", 2))
+    if found:
+        assert_state(loaded(found.path), 1)
+    save(tmp_path, 2)
+    assert_state(loaded(newest_whole(tmp_path).path), 2)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_kill_while_an_old_checkpoint_is_removed(folder, monkeypatch, n):
+    DurableCheckpointIO().save_checkpoint(state(1), folder / "best.ckpt")
+    monkeypatch.setenv("FAULT", f"prune:{n}:kill")
+    remove = DurableCheckpointIO().remove_checkpoint
+    assert forked(remove, folder / "best.ckpt") == -signal.SIGKILL
+    found = newest_whole(folder)
+    assert_state(loaded(found.path), 2)
+    left = {p.name for p in folder.glob("best*")}
+    assert left == (set() if n == 2 else {"best.ckpt", "best.ckpt.json"})
 
 
 def test_two_states_are_kept_and_the_best_is_not_doubled(folder):
