@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.annotations import Annotations, read_annotations
+from datamodules.damaged import require_decodable
 from datamodules.describe import describe
 from datamodules.errors import UserError
 from datamodules.extra_images import ExtraImages, extra_rows
@@ -153,6 +154,7 @@ class ISICDataModule(LightningDataModule):
         if self.copies is None:
             return
         paths = self.paths(pd.concat(self.splits))
+        require_decodable(paths)
         # a bar on a terminal, one line in a log
         bar = partial(tqdm, desc=f"copying images to {self.copies.folder.root}", disable=None)
         made = self.copies.make(paths, self.num_workers, lambda work, n: bar(work, total=n))

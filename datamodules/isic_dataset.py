@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.attributes import ATTRIBUTES, prompt_of
+from datamodules.damaged import require_decodable
 from datamodules.distortion import distort
 from datamodules.images import INPUT, Resize, find_images, read_image
 from datamodules.latents import EVERY_FLIP, Flips, LatentCache
@@ -33,7 +34,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         distortion_seed: Distort at random, as (distortion_seed, key) decides; None does not.
 
     Raises:
-        UserError: if an image is missing.
+        UserError: if an image is missing, or is no whole image file.
     """
 
     latents: LatentCache | None = None
@@ -50,6 +51,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         images: str = INPUT,
     ) -> None:
         self.paths = find_images(root, frame, images)
+        require_decodable(self.paths)
         self.ids = frame["id"].tolist()
         self.conditions = torch.from_numpy(frame[list(ATTRIBUTES)].to_numpy(np.float32))
         self.size = size

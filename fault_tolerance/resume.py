@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from datamodules.errors import UserError
 from fault_tolerance.manifest import Manifest, manifest_path, read_manifest
 from fault_tolerance.recovery import Found, newest_whole
-from fault_tolerance.settings import differences, is_allowed
+from fault_tolerance.settings import commits_of, differences, is_allowed
 from lightning_modules.randomness import key
 
 
@@ -41,6 +41,7 @@ class Resume(Callback):
             UserError: if all are damaged, or if the run is no longer the same.
         """
         self.settings["world_size"] = trainer.world_size
+        self.settings |= commits_of(self.settings)
         self.found, self.changed = None, {}
         if ckpt_path == "last":
             mend = rank_zero_only.rank == 0
@@ -73,7 +74,8 @@ class Resume(Callback):
         )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the optimizers' settings before the checkpoint's replace them."""
+        """Note what was fetched, and the optimizers' settings before they are replaced."""
+        self.settings |= commits_of(self.settings)
         self.announced = [
             [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             for o in trainer.optimizers

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_tolerance.manifest import sha256_of
+from lightning_modules.pipeline_source import cached_commit, is_hub_id
 
 NEUTRAL = frozenset(
     {
@@ -35,6 +36,7 @@ OF_THE_TRAINER = (
     "limit_train_batches",
 )
 SHA256 = "sha256 of "
+COMMIT = "commit of "
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +59,28 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def commits_of(settings: dict[str, Any]) -> dict[str, str]:
+    """Name the commits of the model's hub ids, as far as the hub's cache has them."""
+    ids = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith("model.") and isinstance(value, str) and is_hub_id(value)
+    }
+    commits = {COMMIT + key: cached_commit(value) for key, value in ids.items()}
+    return {key: commit for key, commit in commits.items() if commit}
+
+
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name the settings that both know and that differ, each with both values."""
     return {key: (saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]}
 
 
 def is_allowed(key: str, allowed: Iterable[str]) -> bool:
-    """Tell whether a key, or the end of it after a point, was named; a file's hash goes with it."""
-    name = key.removeprefix(SHA256)
+    """Tell whether a key was named, or the end of it after a point.
+
+    The hash of a file, or the commit of a hub id, goes with the option that names it.
+    """
+    name = key.removeprefix(SHA256).removeprefix(COMMIT)
     return any(name == given or name.endswith(f".{given}") for given in allowed)
 
 

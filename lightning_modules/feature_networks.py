@@ -20,9 +20,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torchvision.models import AlexNet_Weights
 
 from datamodules.errors import UserError
+from fault_tolerance.loading import read_checkpoint
 from lightning_modules.classifier import AttributeClassifier
 
-TIMEOUT = 5.0
+TIMEOUT = 4.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class Weights:
     @property
     def remedy(self) -> str:
         """What to do."""
-        return f"fetch {self.url} and put it at {self.cached}, or give its path as {self.option}"
+        return (
+            f"fetch {self.url} and put it at {self.cached} (TORCH_HOME moves that folder), or give "
+            f"its path as {self.option}"
+        )
 
 
 INCEPTION = Weights("Inception weights for FID and KID", URL_INCEPTION_V3, "Evaluation's inception")
@@ -127,7 +131,8 @@ def inception_features(given: str | None = None) -> FeatureNetwork:
         Unavailable: if the weights are not to be had.
     """
     path = INCEPTION.find(given)
-    _require_tensors(path)
+    # torch-fidelity itself would unpickle anything
+    read_checkpoint(path)
     network = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
     described = {
         "network": "Inception-v3 (2015-12-05), torch-fidelity's port",
@@ -147,7 +152,7 @@ def lpips_network(given: str | None = None) -> lpips.LPIPS:
         Unavailable: if the trunk's weights are not to be had.
     """
     path = ALEXNET.find(given)
-    state = _require_tensors(path)
+    state = read_checkpoint(path)
     network = untrained_lpips()
     for name, weight in network.net.named_parameters():
         # lpips calls the layers slice1.0, slice2.3, ...; torchvision features.0, features.3, ...
@@ -170,17 +175,6 @@ def tensor_hash(module: nn.Module) -> str:
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
-
-
-def _require_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file that may hold tensors only; torch-fidelity itself would unpickle anything."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors ({type(error).__name__}). "
-            "Fetch it again from its publisher."
-        ) from error
 
 
 @contextmanager

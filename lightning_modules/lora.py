@@ -12,6 +12,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+from datamodules.errors import UserError
+from lightning_modules.pipeline_source import UNREADABLE
+
 ADAPTER = "policy"
 
 
@@ -83,12 +86,22 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
     Args:
         unet: The U-Net of the pipeline that training started from.
         folder: Adapters, or a whole pipeline whose U-Net replaces this one's weights.
+
+    Raises:
+        UserError: if there are no safetensors of either kind.
     """
-    if (folder / "model_index.json").is_file():
-        trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-        unet.load_state_dict(trained.state_dict())
-    else:
-        unet.load_lora_adapter(
-            str(folder), prefix="unet", adapter_name=ADAPTER, use_safetensors=True
-        )
+    try:
+        if (folder / "model_index.json").is_file():
+            trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+            unet.load_state_dict(trained.state_dict())
+        else:
+            unet.load_lora_adapter(
+                str(folder), prefix="unet", adapter_name=ADAPTER, use_safetensors=True
+            )
+    except UNREADABLE as error:
+        raise UserError(
+            f"cannot load the policy at {folder}: {error}\n"
+            "  Needed are adapters for this pipeline, pytorch_lora_weights.safetensors, or a whole "
+            "pipeline in safetensors, as `fit` exports them."
+        ) from error
     unet.requires_grad_(False)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from transformers import CLIPTextModel
 
@@ -60,8 +60,15 @@ def fetch_pipeline(source: str, networks: Iterable[str] = NETWORKS) -> Path:
         "give the folder of a pipeline",
     )
     if revision is None:
-        rank_zero_info(f"{repo} is at commit {folder.name}; to stay there: {repo}@{folder.name}")
+        rank_zero_warn(f"{repo} is at commit {folder.name}; to stay there: {repo}@{folder.name}")
     return folder
+
+
+def cached_commit(source: str) -> str | None:
+    """Return the commit of a hub id in the hub's cache, None if it is not there; asks nobody."""
+    repo, revision = _HUB_ID.fullmatch(source).groups()
+    found = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def check_kind(index: dict[str, Any], source: str | Path) -> None:

@@ -9,6 +9,9 @@ import traceback
 
 from lightning.pytorch.utilities import rank_zero_only
 
+PATIENCE = 250.0
+"""Seconds until something has to happen."""
+
 
 def forked(function, *args):
     """Call in a forked process; return its exit code, or minus the signal that ended it."""
@@ -21,22 +24,27 @@ def forked(function, *args):
     return os.waitstatus_to_exitcode(status)
 
 
-def forked_ranks(function, *args, ranks=2, timeout=120):
-    """Call in processes that find each other as DDP's do; return their exit codes."""
+def forked_ranks(function, *args, ranks=2, limit=60.0, stopped_get=None):
+    """Call in processes that find each other as DDP's do; return their exit codes.
+
+    Args:
+        limit: Seconds in which all have to end once one of them has ended, or has stopped itself.
+            Whoever takes longer is killed, which shows in its exit code.
+        stopped_get: Signal that a process gets, from outside, when it has stopped itself.
+    """
     port = _free_port()
     children = [_start_rank(rank, ranks, port, function, args) for rank in range(ranks)]
-    return wait_for(children, timeout)
-
-
-def wait_for(children, timeout):
-    """Wait for processes; whoever does not end in time is killed, which shows in its exit code."""
-    codes, until = {}, time.monotonic() + timeout
-    while len(codes) < len(children):
-        for child in children:
-            if child not in codes:
-                pid, status = os.waitpid(child, os.WNOHANG)
-                if pid:
-                    codes[child] = os.waitstatus_to_exitcode(status)
+    codes, until = {}, time.monotonic() + PATIENCE
+    while len(codes) < ranks:
+        for child in set(children) - codes.keys():
+            pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+            if pid:
+                until = min(until, time.monotonic() + limit)
+            if pid and not os.WIFSTOPPED(status):
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif pid and stopped_get:
+                os.kill(child, stopped_get)
+                os.kill(child, signal.SIGCONT)
         if time.monotonic() > until:
             for child in set(children) - codes.keys():
                 os.kill(child, signal.SIGKILL)

@@ -1,3 +1,5 @@
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -6,12 +8,11 @@ from command_line import ddpo, in_process, start_process
 from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from runs import curves, differing, everything, fit, fit_on_two, last, loaded_ddpo, trainer_of
+from tiny import distance
 
 from datamodules.dermoscopy import DermoscopyFolder
-from datamodules.errors import UserError
 from datamodules.isic import ISICDataModule
 from lightning_modules import AttributeClassifier
-from lightning_modules.rollout import require_divisible
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,37 @@ def test_averaged_weights_go_on_too(isic, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_pipeline, tiny_classifiers):
-    return loaded_ddpo(tiny_pipeline, tiny_classifiers, optimizer=sgd)
+def with_all(tiny_pipeline, tiny_classifiers):
+    """Two inner epochs, on adapters."""
+    return loaded_ddpo(tiny_pipeline, tiny_classifiers, inner_epochs=2)
+
+
+def fit_with_all(folder, module, **options):
+    """With averaged weights besides; a plateau is looked for, and grids are drawn, in any case."""
+    fit(folder, module, [EMAWeightAveraging(decay=0.9)], **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks"),
+    [("update:6:term:0", 1), ("update:7:usr1:1", 2), ("save.replace:4:kill", 1)],
+)
+def test_a_ddpo_with_everything_on_goes_on(with_all, tmp_path, monkeypatch, fault, ranks):
+    """Stopped between two inner epochs of the second rollout, and killed in a save."""
+    options = {} if ranks == 1 else {"devices": 2, "strategy": "ddp"}
+
+    def run(folder):
+        return forked_ranks(partial(fit_with_all, **options), folder, with_all, ranks=ranks)
+
+    assert run(tmp_path / "undisturbed") == [0] * ranks
+    monkeypatch.setenv("FAULT", fault)
+    code = {"term": 143, "usr1": 138, "kill": -9}[fault.split(":")[2]]
+    assert run(tmp_path / "run") == [code] * ranks
+    monkeypatch.delenv("FAULT")
+    assert run(tmp_path / "run") == [0] * ranks
+    whole = everything(tmp_path / "undisturbed")
+    assert "current_model_state" in whole["checkpoint"]
+    assert len(whole["checkpoint"]["reward_window"]) > 0
+    assert differing(everything(tmp_path / "run"), whole) == []
 
 
 def sgd(parameters):
@@ -86,37 +116,40 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1)
 
 
-def test_two_processes_then_one_then_two(policy, tmp_path):
+@pytest.fixture(scope="module")
+def descending(tiny_pipeline, tiny_classifiers):
+    return loaded_ddpo(tiny_pipeline, tiny_classifiers, optimizer=sgd)
+
+
+def test_two_processes_then_one_then_two(descending, tmp_path):
     folder, alone = tmp_path / "run", tmp_path / "alone"
-    assert forked(fit, alone, policy) == 0
-    for epochs, run in ((1, fit_on_two), (2, fit), (3, fit_on_two)):
+    assert forked(fit, alone, descending) == 0
+    for epochs, run, ranks in ((1, fit_on_two, 2), (2, fit, 1), (3, fit_on_two, 2)):
         again = partial(run, max_epochs=epochs, allow="world_size")
-        codes = (
-            [forked(again, folder, policy)] if run is fit else forked_ranks(again, folder, policy)
-        )
-        assert set(codes) == {0}
+        assert set(forked_ranks(again, folder, descending, ranks=ranks)) == {0}
     one, many = last(alone), last(folder)
     assert one["reward_window"] == many["reward_window"]
-    for name, weight in one["state_dict"].items():
-        torch.testing.assert_close(many["state_dict"][name], weight, rtol=1e-5, atol=1e-7)
-    steps = [step for step, _ in curves(folder)["reward/mean"]]
-    assert steps == [0, 1, 2]
+    assert distance(one["state_dict"], many["state_dict"]) < 1e-5
+    one, many = curves(alone), curves(folder)
+    for tag in ("reward/mean", "reward/std", "reward/hair", "val/apr"):
+        assert one[tag] == many[tag]
+        assert [step for step, _ in many[tag]] == [0, 1, 2]
 
 
-def test_another_number_of_processes_needs_consent(policy, tmp_path, capfd):
-    assert forked(partial(fit, max_epochs=1), tmp_path / "run", policy) == 0
-    assert 1 in forked_ranks(fit_on_two, tmp_path / "run", policy)
+def test_another_number_of_processes_needs_consent_and_has_to_divide(policy, tmp_path, capfd):
+    folder = tmp_path / "run"
+    assert forked(partial(fit, max_epochs=1), folder, policy) == 0
+    assert forked_ranks(fit_on_two, folder, policy, limit=15) == [1, 1]
     assert "world_size: 1 -> 2" in capfd.readouterr().err
-
-
-def test_a_number_of_processes_that_does_not_divide_names_what_does():
-    with pytest.raises(UserError, match="256 samples") as error:
-        require_divisible(256, updates=2, ranks=3)
-    assert "multiple of 6; the nearest are 252 and 258" in str(error.value)
+    on_three = partial(fit, devices=3, strategy="ddp", allow="world_size")
+    assert forked_ranks(on_three, folder, policy, ranks=3, limit=15) == [1, 1, 1]
+    said = capfd.readouterr().err
+    assert "8 samples" in said
+    assert "multiple of 6; the nearest are 6 and 12" in said
 
 
 def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(tiny_pipeline, tiny_classifiers, tmp_path):
-    """Another working directory, hash seed and logger; ended by a signal from outside."""
+    """After a signal from outside; with another working directory, hash seed and logger."""
 
     def arguments(folder):
         return [
@@ -125,13 +158,21 @@ def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(tiny_pipeline, tiny_class
             *("--model.steps=2", "--trainer.max_epochs=2"),
         ]
 
-    assert forked(in_process, *arguments(tmp_path / "undisturbed")) == 0
-    run = tmp_path / "run"
-    for cwd, faults in (("here", {"FAULT": "update:3:term", "PYTHONHASHSEED": "1"}), ("there", {})):
+    def start(cwd, *more, **variables):
         (tmp_path / cwd).mkdir()
-        logger = [] if faults else ["--trainer.logger=false"]
-        process = start_process(tmp_path / cwd, *arguments(run), *logger, **faults)
-        _, said = process.communicate(timeout=250)
-        assert process.returncode == (143 if faults else 0), said
-    ends = [everything(folder)["checkpoint"] for folder in (run, tmp_path / "undisturbed")]
+        return start_process(tmp_path / cwd, *arguments(tmp_path / "run"), *more, **variables)
+
+    assert forked(in_process, *arguments(tmp_path / "undisturbed")) == 0
+    process = start("here", FAULT="update:3:stop", PYTHONHASHSEED="1")
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        process.send_signal(number)
+    _, said = process.communicate(timeout=250)
+    assert process.returncode == 143, said
+    process = start("there", "--trainer.logger=false")
+    _, said = process.communicate(timeout=250)
+    assert process.returncode == 0, said
+    ends = [
+        everything(folder)["checkpoint"] for folder in (tmp_path / "run", tmp_path / "undisturbed")
+    ]
     assert differing(*ends) == []

@@ -2,6 +2,7 @@ import ast
 import importlib.metadata
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from tiny import quiet_trainer, tiny_ddpo
 from callbacks import Export
 from datamodules.attributes import ATTRIBUTES
 from datamodules.errors import UserError
+from datamodules.tensor_folder import TensorFolder
 from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.loading import read_checkpoint, require_known_classes
 from fault_tolerance.manifest import sha256_of
+from lightning_modules.backbone import build_backbone
 from lightning_modules.classifier import load_classifier
 from lightning_modules.lora import load_policy
 from lightning_modules.pipelines import load_pipeline, load_unet
@@ -120,8 +123,26 @@ def test_a_bomb_as_adapters(tiny_pipeline, tmp_path, bomb, canary):
     folder.mkdir()
     shutil.copy(bomb, folder / "pytorch_lora_weights.bin")
     unet = load_pipeline(tiny_pipeline).unet
-    with pytest.raises((UserError, OSError, ValueError), match="safetensors"):
+    with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors") as error:
         load_policy(unet, folder)
+    assert str(folder) in str(error.value)
+    assert not canary.exists()
+
+
+def test_a_bomb_as_a_backbones_weights(bomb, canary):
+    with pytest.raises(UserError, match=r"Needed is a \.safetensors file") as error:
+        build_backbone("test_resnet", str(bomb), outputs=4, dropout=0.0)
+    assert str(bomb) in str(error.value)
+    assert not canary.exists()
+
+
+def test_a_bomb_in_the_cache_of_latents_or_of_copies(tmp_path, bomb, canary):
+    entry = tmp_path / "cache" / "ab" / "abc.safetensors"
+    entry.parent.mkdir(parents=True)
+    shutil.copy(bomb, entry)
+    with pytest.raises(UserError, match="Delete that file") as error:
+        TensorFolder(tmp_path / "cache").read("abc")
+    assert str(entry) in str(error.value)
     assert not canary.exists()
 
 
@@ -162,6 +183,18 @@ def test_a_checkpoint_has_nothing_imported(
         assert str(path) in str(error.value)
         assert "hyper_parameters" in str(error.value)
         assert any(name in str(error.value) for name in (f"{EVIL}.", "os.system", "names 5"))
+
+
+@pytest.mark.usefixtures("evil")
+def test_nor_does_the_command_line(tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, canary):
+    path = tmp_path / "plain.ckpt"
+    named = NAMED["class_path"] | NAMED["_class_path"]
+    torch.save({"state_dict": {}, "hyper_parameters": named}, path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"hyper_parameters.*'{EVIL}.Evil'") as error:
+        in_process(*ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers), f"--ckpt_path={path}")
+    assert str(path) in str(error.value)
+    assert not canary.exists()
 
 
 def test_classes_that_are_loaded_may_be_named():
@@ -277,7 +310,9 @@ def test_what_cannot_work_is_refused_before_a_model_is_built(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(TextToImage, "configure_model", lambda self: pytest.fail("too late"))
+    started = time.monotonic()
     with pytest.raises(UserError) as error:
         in_process(*ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers), *options)
+    assert time.monotonic() - started < 10
     for part in says:
         assert part in str(error.value)

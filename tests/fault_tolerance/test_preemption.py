@@ -1,32 +1,16 @@
+import signal
 from functools import partial
 
 import pytest
 from forked import forked, forked_ranks
-from runs import differing, everything, fit, fit_on_two, last, loaded_ddpo
+from runs import differing, everything, fit, fit_on_two, last
 
-
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline, tiny_classifiers):
-    return loaded_ddpo(tiny_pipeline, tiny_classifiers)
+SECONDS_TO_END = 15.0
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert forked(fit, folder, policy) == 0
-    return everything(folder)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_on_two(policy, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "two"
-    assert forked_ranks(fit_on_two, folder, policy) == [0, 0]
-    return everything(folder)
 
 
 def last_line(capfd):
@@ -57,27 +41,35 @@ def test_a_preempted_run_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("where", "signalled", "every_n_epochs"),
     [
-        "rollout:1:term:1",
-        "rollout:4:usr1:1",
-        "rollout:3:term:0",
-        "rollout:3:term",
-        "update:2:term:1",
-        "update:3:usr1:0",
-        "reward:2:term:1",
-        "save.write:9:term:0",
-        "save.replace:4:usr1:0",
+        ("rollout:1:stop:1", signal.SIGTERM, 1),
+        ("rollout:6:stop:1", signal.SIGUSR1, 10),
+        ("rollout:3:stop:0", signal.SIGTERM, 1),
+        ("rollout:5:stop", signal.SIGTERM, 10),
+        ("update:2:stop:1", signal.SIGTERM, 1),
+        ("update:5:stop:0", signal.SIGUSR1, 10),
+        ("reward:3:stop:1", signal.SIGTERM, 10),
+        ("save.write:9:stop:0", signal.SIGTERM, 1),
+        ("save.replace:4:stop:0", signal.SIGUSR1, 1),
     ],
 )
 def test_a_signal_to_any_process_ends_all_with_one_checkpoint(
-    policy, undisturbed_on_two, tmp_path, monkeypatch, capfd, fault
+    policy, undisturbed_on_two, tmp_path, monkeypatch, capfd, where, signalled, every_n_epochs
 ):
-    folder = tmp_path / "run"
-    monkeypatch.setenv("FAULT", fault)
-    code = 143 if "term" in fault else 138
-    assert forked_ranks(fit_on_two, folder, policy) == [code, code]
+    """The processes named stop there, get the signal from outside, and go on.
+
+    With a checkpoint every 10 epochs, that of the best epoch, the first, is the only one before.
+    """
+    folder, run = tmp_path / "run", partial(fit_on_two, every_n_epochs=every_n_epochs)
+    monkeypatch.setenv("FAULT", where)
+    codes = forked_ranks(run, folder, policy, limit=SECONDS_TO_END, stopped_get=signalled)
+    assert codes == [128 + signalled] * 2
     assert "To go on: python" in last_line(capfd)
+    if every_n_epochs == 10:
+        assert {p.name for p in folder.glob("checkpoints/*")} == {
+            "best.ckpt", "best.ckpt.json", "last.ckpt", "last.ckpt.json",
+        }  # fmt: skip
     monkeypatch.delenv("FAULT")
     assert forked_ranks(fit_on_two, folder, policy) == [0, 0]
     assert differing(everything(folder), undisturbed_on_two) == []

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 from command_line import ddpo, in_process
@@ -116,3 +119,30 @@ def test_an_allowed_change_of_the_learning_rate_takes_effect(begun, monkeypatch)
         cli = in_process(*args, "--model.optimizer.lr=1e-5", "--resume.allow=lr")
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 1e-5
     assert last(folder)["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-5
+
+
+def test_a_pipeline_of_the_hub_counts_by_its_commit(
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch
+):
+    """It is recorded with the run, and the run does not go on from another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    there = tmp_path / "hub" / "models--some--pipeline"
+    for commit in ("1" * 40, "2" * 40):
+        shutil.copytree(tiny_pipeline, there / "snapshots" / commit)
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("1" * 40)
+    args = [
+        *ddpo(tmp_path / "run", "some/pipeline", tiny_classifiers),
+        *("--data.samples_per_epoch=8", "--data.validation_samples_per_prompt=0"),
+        "--model.steps=2",
+    ]
+    with pytest.warns(UserWarning, match=f"some/pipeline is at commit {'1' * 40}"):
+        in_process(*args, "--trainer.max_epochs=1")
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "newest.ckpt.json").read_text())
+    assert manifest["settings"]["commit of model.pipeline"] == "1" * 40
+    (there / "refs" / "main").write_text("2" * 40)
+    with pytest.raises(UserError, match=r"commit of model\.pipeline: 1{40} -> 2{40}") as error:
+        in_process(*args, "--trainer.max_epochs=2")
+    assert "--resume.allow '[pipeline]'" in str(error.value)

@@ -1,14 +1,20 @@
+import socket
+import time
+
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from datamodules.errors import UserError
+from lightning_modules import feature_networks
 from lightning_modules.classifier import load_classifier
 from lightning_modules.feature_networks import (
     ALEXNET,
     INCEPTION,
     Unavailable,
+    Weights,
     classifier_features,
+    inception_features,
     lpips_network,
     tensor_hash,
     untrained_lpips,
@@ -55,19 +61,35 @@ def test_weights_that_are_not_to_be_had_say_what_would_help(
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(Unavailable) as why:
         weights.find(None)
-    for part in (weights.url, str(empty_cache / weights.url.rpartition("/")[2]), weights.option):
+    file = str(empty_cache / weights.url.rpartition("/")[2])
+    for part in (weights.url, file, "TORCH_HOME", weights.option):
         assert part in str(why.value)
     assert ("HF_HUB_OFFLINE" if offline == "1" else "no route") in str(why.value)
 
 
-def test_a_file_with_more_than_tensors_is_not_opened(tmp_path):
+def test_a_server_that_does_not_answer_costs_less_than_five_seconds(empty_cache, monkeypatch):
+    assert feature_networks.TIMEOUT < 5
+    monkeypatch.setattr(feature_networks, "TIMEOUT", 0.5)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/weights-01234567.pth"
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match="timed out"):
+            Weights("weights", url, "an option").find(None)
+        assert 0.4 < time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("load", [inception_features, lpips_network])
+def test_a_file_with_more_than_tensors_is_not_opened(tmp_path, load):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "canary"), "w"))
 
-    torch.save({"bomb": Bomb()}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="more than tensors"):
-        lpips_network(str(tmp_path / "weights.pth"))
+    file = tmp_path / "weights.pth"
+    torch.save({"bomb": Bomb()}, file)
+    with pytest.raises(UserError, match=f"{file}.*more than tensors.*open") as error:
+        load(str(file))
+    assert "safetensors" in str(error.value)
     assert not (tmp_path / "canary").exists()
 
 
