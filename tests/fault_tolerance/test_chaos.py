@@ -11,6 +11,10 @@ SEED = int(os.environ.get("CHAOS_SEED", "0"))
 def test_no_fault_at_any_point_loses_a_state(policy, undisturbed, tmp_path):
     """20 in the suite; `make chaos` tries 200."""
     chaos = Chaos(policy, undisturbed, tmp_path)
-    lost = [said for trial in draw(SEED, TRIALS) if (said := chaos.lost(trial))]
-    print("", *lost, f"faults tried: {TRIALS}, states lost: {len(lost)}", sep="\n")
+    lost = []
+    for trial in draw(SEED, TRIALS):
+        if said := chaos.lost(trial):
+            lost.append(said)
+            print(f"\n{said}", flush=True)
+    print(f"\nfaults tried: {TRIALS}, states lost: {len(lost)}")
     assert lost == []
