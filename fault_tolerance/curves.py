@@ -21,10 +21,11 @@ class Curves(Callback):
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] | None = None
+        self.is_restored = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the run before this one."""
-        self.kept = None
+        self.kept, self.is_restored = None, False
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -34,8 +35,16 @@ class Curves(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cut the curves to the checkpoint's, or put those of a run that left none aside."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        self._restore(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do so where nothing was left to train: the end of the curves may not be written yet."""
+        self._restore(trainer)
+
+    def _restore(self, trainer: L.Trainer) -> None:
+        if self.is_restored or not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        self.is_restored = True
         kept = self.kept or {"sizes": {}, "pending": {}, "step": 0}
         for logger in tensorboards(trainer):
             folder, own = Path(logger.log_dir), event_file(logger)

@@ -1,3 +1,4 @@
+import os
 import resource
 import signal
 import time
@@ -6,8 +7,9 @@ from functools import partial
 import pytest
 from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import Callback
-from runs import differing, everything, fit
+from runs import EPOCHS, differing, everything, fit
 
+from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.recovery import newest_whole
 from fault_tolerance.watchdog import Watchdog
 
@@ -31,6 +33,25 @@ def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(policy, undisturbe
     assert newest_whole(folder / "checkpoints").manifest.global_step == 2
     assert forked(fit, folder, policy) == 0
     assert differing(everything(folder), undisturbed) == []
+
+
+def test_a_run_killed_after_its_last_save_gets_the_end_of_its_curves(policy, undisturbed, tmp_path):
+    """Lightning logs an epoch after it was saved, and there is no further epoch."""
+    folder, save = tmp_path / "run", DurableCheckpointIO.save_checkpoint
+
+    def save_and_die(io, checkpoint, path, **options):
+        save(io, checkpoint, path, **options)
+        if checkpoint["epoch"] == EPOCHS - 1 and path.endswith("newest.ckpt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed():
+        DurableCheckpointIO.save_checkpoint = save_and_die
+        fit(folder, policy)
+
+    assert forked(killed) == -signal.SIGKILL
+    for _ in range(2):
+        assert forked(fit, folder, policy) == 0
+        assert differing(everything(folder), undisturbed) == []
 
 
 @pytest.fixture

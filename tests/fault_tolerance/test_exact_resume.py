@@ -79,8 +79,8 @@ def test_averaged_weights_go_on_too(isic, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def with_all(tiny_pipeline, tiny_classifiers):
-    """Two inner epochs, on adapters."""
-    return loaded_ddpo(tiny_pipeline, tiny_classifiers, inner_epochs=2)
+    """Two inner epochs with the divergence from the start, on adapters."""
+    return loaded_ddpo(tiny_pipeline, tiny_classifiers, inner_epochs=2, kl_weight=0.1)
 
 
 def fit_with_all(folder, module, **options):
