@@ -1,4 +1,3 @@
-import os
 import signal
 from functools import partial
 
@@ -148,7 +147,9 @@ def test_another_number_of_processes_needs_consent_and_has_to_divide(policy, tmp
     assert "multiple of 6; the nearest are 6 and 12" in said
 
 
-def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(tiny_pipeline, tiny_classifiers, tmp_path):
+def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch
+):
     """After a signal from outside; with another working directory, hash seed and logger."""
 
     def arguments(folder):
@@ -158,21 +159,16 @@ def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(tiny_pipeline, tiny_class
             *("--model.steps=2", "--trainer.max_epochs=2"),
         ]
 
-    def start(cwd, *more, **variables):
-        (tmp_path / cwd).mkdir()
-        return start_process(tmp_path / cwd, *arguments(tmp_path / "run"), *more, **variables)
-
-    assert forked(in_process, *arguments(tmp_path / "undisturbed")) == 0
-    process = start("here", FAULT="update:3:stop", PYTHONHASHSEED="1")
-    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-    for number in (signal.SIGTERM, signal.SIGCONT):
-        process.send_signal(number)
-    _, said = process.communicate(timeout=250)
-    assert process.returncode == 143, said
-    process = start("there", "--trainer.logger=false")
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    assert forked(in_process, *arguments(undisturbed)) == 0
+    monkeypatch.setenv("FAULT", "update:3:stop")
+    options = {"ranks": 1, "stopped_get": signal.SIGTERM}
+    assert forked_ranks(in_process, *arguments(run), **options) == [143]
+    monkeypatch.delenv("FAULT")
+    (tmp_path / "there").mkdir()
+    fresh = [*arguments(run), "--trainer.logger=false"]
+    process = start_process(tmp_path / "there", *fresh, PYTHONHASHSEED="1")
     _, said = process.communicate(timeout=250)
     assert process.returncode == 0, said
-    ends = [
-        everything(folder)["checkpoint"] for folder in (tmp_path / "run", tmp_path / "undisturbed")
-    ]
+    ends = [everything(folder)["checkpoint"] for folder in (run, undisturbed)]
     assert differing(*ends) == []
