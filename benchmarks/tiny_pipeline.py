@@ -1,28 +1,34 @@
-"""Make the pipeline to measure on where there is no GPU: random weights, latents of 4x16x16.
+"""Make the pipelines to measure on where there is no GPU, with random weights.
 
     python -m benchmarks.tiny_pipeline runs/benchmarks/tiny
+    python -m benchmarks.tiny_pipeline runs/benchmarks/micro --size micro
 
-Its U-Net has 3.2M parameters, its images 128 px. `python -m assets.full_size` writes one of Stable
-Diffusion v1.5's shapes.
+`python -m assets.full_size` writes one of Stable Diffusion v1.5's shapes.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from assets.build import build_pipeline
 from lightning_modules.pipelines import save_pipeline
 
+SIZES = {
+    # a U-Net of 3.2M parameters, latents of 4x16x16, images of 128 px
+    "tiny": {"image_size": 128, "unet_channels": (64, 112)},
+    # 0.6M, 4x8x8, 32 px
+    "micro": {"image_size": 32, "unet_channels": (32, 48), "vae_channels": (8, 16, 24)},
+}
 
-def write(folder: Path) -> None:
+
+def write(folder: Path, size: str) -> None:
     """Save the pipeline, with its tokenizer's tables as the transformers of other tools want them.
 
     Args:
         folder: Folder to write.
+        size: One of `SIZES`.
     """
-    save_pipeline(
-        build_pipeline(image_size=128, latent_channels=4, unet_channels=(64, 112)), folder
-    )
+    save_pipeline(build_pipeline(latent_channels=4, **SIZES[size]), folder)
     tokenizer = folder / "tokenizer"
     model = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
     (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -30,7 +36,14 @@ def write(folder: Path) -> None:
     (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
+def main() -> None:
+    """Write the folder that the command line names."""
+    parser = argparse.ArgumentParser(description="Make a small pipeline to measure on")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="of its networks")
+    options = parser.parse_args()
+    write(options.folder, options.size)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.tiny_pipeline FOLDER")
-    write(Path(sys.argv[1]))
+    main()

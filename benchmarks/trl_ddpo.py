@@ -6,17 +6,25 @@
     runs/benchmarks/trl/bin/python -m benchmarks.trl_ddpo PIPELINE_DIR
 
 The trainer is TRL's, unedited. It standardises the rewards over the whole batch, which is what
-`baseline: group` does with a single prompt, as here.
+`baseline: group` does with a single prompt, as here. With `--same-draws` it is given the noise and
+the first adapters that `benchmarks.ddpo` has for the same seed, so that the two runs differ in
+nothing but the code.
 """
 
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import trl
 from accelerate import PartialState
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
+from torch import Tensor, nn
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from trl.core import randn_tensor
+from trl.models import modeling_sd_base
 
 from benchmarks.measure import Epoch, Stopwatch, now, peak_memory, summary
 from benchmarks.options import PROMPT, ddpo_parser, parsed
@@ -26,20 +34,61 @@ class TimedTrainer(DDPOTrainer):
     """TRL's trainer with clocks around its phases."""
 
     watch: Stopwatch
-    rewards: list[float]
+    noise: "SampleNoise | None" = None
 
-    def _generate_samples(self, *args: Any, **options: Any) -> Any:
+    def _generate_samples(self, iterations: int, batch_size: int) -> Any:
+        samples, images = [], []
         with self.watch.part("rollout"):
-            return super()._generate_samples(*args, **options)
+            for first in range(0, iterations * batch_size, batch_size):
+                if self.noise:
+                    self.noise.of(range(first, first + batch_size))
+                drawn, shown = super()._generate_samples(1, batch_size)
+                samples += drawn
+                images += shown
+        return samples, images
 
     def _train_batched_samples(self, *args: Any, **options: Any) -> Any:
         with self.watch.part("update"):
             return super()._train_batched_samples(*args, **options)
 
 
+class SampleNoise:
+    """A generator for each sample of an epoch, seeded as this project's are."""
+
+    def __init__(self, seed: int) -> None:
+        # by its path: the package wants what this environment has not
+        file = Path(__file__).parents[1] / "lightning_modules" / "randomness.py"
+        self.randomness, self.seed, self.epoch = runpy.run_path(str(file)), seed, 0
+        self.generators: list[torch.Generator] = []
+        for module in (pipeline_stable_diffusion, modeling_sd_base):
+            module.randn_tensor = self.draw
+
+    def of(self, samples: range) -> None:
+        """Begin a batch."""
+        keys = self.randomness["keys"](self.seed, "rollout", self.epoch, torch.tensor(samples))
+        self.generators = [self.randomness["generator"](key) for key in keys.tolist()]
+
+    def draw(self, shape: tuple, generator: Any = None, **options: Any) -> Tensor:
+        """Draw for a batch, `(B, ...)`, each sample from its own generator."""
+        return randn_tensor(shape, generator=self.generators, **options)
+
+
+class Seeded(DefaultDDPOStableDiffusionPipeline):
+    """TRL's pipeline with the first adapters of `add_lora`."""
+
+    seed = 0
+
+    def get_trainable_layers(self) -> nn.Module:
+        """Add the adapters."""
+        torch.manual_seed(self.seed)
+        return super().get_trainable_layers()
+
+
 def main() -> None:
     """Run and print the figures as one JSON object."""
-    options = parsed(ddpo_parser("DDPO of TRL 0.23.0, timed"))
+    parser = ddpo_parser("DDPO of TRL 0.23.0, timed")
+    parser.add_argument("--same-draws", action="store_true", help="noise and adapters of ours")
+    options = parsed(parser)
     PartialState(cpu=options.device == "cpu")
     config = DDPOConfig(
         seed=options.seed, num_epochs=options.epochs, save_freq=10**9, log_with=None,
@@ -61,17 +110,18 @@ def main() -> None:
         earned.extend(values.tolist())
         return values, {}
 
-    trainer = TimedTrainer(
-        config,
-        reward,
-        lambda: (PROMPT, {}),
-        DefaultDDPOStableDiffusionPipeline(options.pipeline, use_lora=options.train == "lora"),
-    )
+    kind = Seeded if options.same_draws else DefaultDDPOStableDiffusionPipeline
+    pipeline = kind(options.pipeline, use_lora=options.train == "lora")
+    pipeline.seed = options.seed
+    trainer = TimedTrainer(config, reward, lambda: (PROMPT, {}), pipeline)
+    trainer.noise = SampleNoise(options.seed) if options.same_draws else None
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     epochs, global_step = [], 0
     for epoch in range(options.epochs):
         trainer.watch = Stopwatch()
         earned.clear()
+        if trainer.noise:
+            trainer.noise.epoch = epoch
         start = now()
         global_step = trainer.step(epoch, global_step)
         spent = trainer.watch.spent
