@@ -7,6 +7,7 @@ images: as near to a training image of another lesion is one in a hundred real t
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STORED, FINE, COARSE = 64, 24, 8
-PROPOSING = ((1.0, 0, 0), (0.9, 0, 0), *((0.92, dx, dy) for dx, dy in product((-1, 1), repeat=2)))
+WHOLE = (1.0, 0, 0)
+PROPOSING = (WHOLE, (0.9, 0, 0), *((0.92, dx, dy) for dx, dy in product((-1, 1), repeat=2)))
 PLACES = (-1, -0.5, 0, 0.5, 1)
-ALIGNMENTS = ((1.0, 0, 0), *product((0.95, 0.9, 0.85), PLACES, PLACES))
+ALIGNMENTS = (WHOLE, *product((0.95, 0.9, 0.85), PLACES, PLACES))
 """Share of the side that a crop keeps, and where it lies: -1 at the left or top, 1 at the other."""
 PROPOSED, REFINED, CHUNK = 16, 3, 128
 CALIBRATION = 0.01
@@ -63,11 +65,11 @@ def nearest(
         query_lesions: Number of each query's lesion; None compares with all references.
         reference_lesions: The same for the references.
     """
-    views = [_unit(_cropped(references, view, COARSE), COARSE) for view in PROPOSING]
+    views = [_unit(_cropped(references, view, COARSE)) for view in PROPOSING]
     rows, distances = [], []
     for part in torch.arange(len(queries)).split(CHUNK):
         mirrored = _mirrored(queries[part].float())
-        coarse = _unit(mirrored.flatten(0, 1), COARSE).view(4, len(part), -1)
+        coarse = _unit(_cropped(mirrored.flatten(0, 1), WHOLE, COARSE)).view(4, len(part), -1)
         score = torch.stack([_best(m, views) for m in coarse], dim=1)
         if query_lesions is not None:
             same = query_lesions[part.numpy()][:, None] == reference_lesions[None]
@@ -88,14 +90,14 @@ def _refined(
     mirrored: Tensor, references: Tensor, pairs: Tensor, barred: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the best row and its correlation among proposals, `(B, P)` of mirror x reference."""
-    fine = _unit(mirrored.flatten(0, 1), FINE).view(4, len(pairs), -1)
+    fine = _unit(_cropped(mirrored.flatten(0, 1), WHOLE, FINE)).view(4, len(pairs), -1)
     for kept, views in ((REFINED, PROPOSING), (1, ALIGNMENTS)):
         mirror, row = pairs // len(references), pairs % len(references)
         queries = fine[mirror, torch.arange(len(pairs))[:, None]]
         candidates = references[row.flatten()]
         score = torch.full(pairs.shape, -torch.inf)
         for view in views:
-            unit = _unit(_cropped(candidates, view, FINE), FINE).view_as(queries)
+            unit = _unit(_cropped(candidates, view, FINE)).view_as(queries)
             score = torch.maximum(score, (queries * unit).sum(dim=2))
         best = score.masked_fill(barred, -torch.inf).topk(min(kept, pairs.shape[1]), dim=1)
         pairs, barred = pairs.gather(1, best.indices), barred.gather(1, best.indices)
@@ -113,19 +115,24 @@ def _mirrored(images: Tensor) -> Tensor:
 def _cropped(images: Tensor, view: tuple[float, float, float], side: int) -> Tensor:
     """Cut a crop out of `(B, 1, 64, 64)` and reduce it to `(B, 1, side, side)`."""
     crop, dx, dy = view
-    matrix = torch.tensor([[crop, 0, (1 - crop) * dx], [0, crop, (1 - crop) * dy]])
-    grid = F.affine_grid(matrix[None], [1, 1, STORED, STORED], align_corners=False)
-    grid = grid.expand(len(images), -1, -1, -1)
-    found = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return F.interpolate(found, (side, side), mode="area")
+    return _crop_matrix(crop, dy, side) @ images.float() @ _crop_matrix(crop, dx, side).T
 
 
-def _unit(images: Tensor, side: int) -> Tensor:
-    """Reduce, take away what is smooth, level the contrast, and scale to unit length, flat.
+@cache
+def _crop_matrix(crop: float, place: float, side: int) -> Tensor:
+    """Return what cuts a crop out of one axis, bilinearly, and averages it down: `(side, 64)`."""
+    grid = (torch.arange(STORED) * 2 + 1) / STORED - 1
+    position = ((crop * grid + (1 - crop) * place + 1) * STORED - 1).clamp(0, 2 * STORED - 2) / 2
+    taken = (1 - (position[:, None] - torch.arange(STORED)).abs()).clamp(min=0)
+    return F.interpolate(taken.T[None], side, mode="area")[0].T
+
+
+def _unit(small: Tensor) -> Tensor:
+    """Take away what is smooth, level the contrast, and scale to unit length, flat.
 
     With its contrast as it is, a dark lesion on plain skin would look like any other.
     """
-    small = F.interpolate(images, (side, side), mode="area")
+    side = small.shape[-1]
     band = small - _local_mean(small, side // 8)
     if side != COARSE:
         power = _local_mean(band**2, side // 8)
@@ -134,4 +141,13 @@ def _unit(images: Tensor, side: int) -> Tensor:
 
 
 def _local_mean(images: Tensor, reach: int) -> Tensor:
-    return F.avg_pool2d(images, 2 * reach + 1, 1, reach, count_include_pad=False)
+    rows = _near(images.shape[-1], reach)
+    return rows @ images @ rows.T
+
+
+@cache
+def _near(side: int, reach: int) -> Tensor:
+    """Return what averages over the neighbours within `reach` on one axis, `(side, side)`."""
+    place = torch.arange(side)
+    near = ((place[:, None] - place).abs() <= reach).float()
+    return near / near.sum(dim=1, keepdim=True)
