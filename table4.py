@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 
 from datamodules.errors import UserError
 
-ARMS = ("real", "oversampling", "sd", "sd_rl")
+ARMS = ("real", "oversampling", "classical", "sd", "sd_rl")
 
 
 def commands(
@@ -28,6 +28,7 @@ def commands(
     sources = {
         "real": None,
         "oversampling": "train",
+        "classical": "train",
         "sd": str(run / "sd" / "samples"),
         "sd_rl": str(run / "ddpo" / "samples"),
     }
@@ -40,6 +41,8 @@ def commands(
     if sources[arm] is not None:
         extra = {"source": sources[arm], "per_subgroup": per_subgroup}
         common += ["--data.extra", json.dumps(extra)]
+    # flips come with every arm; blur, tint and grain are what else is classical
+    common += ["--data.distort", str(arm == "classical").lower()]
     best = str(folder / "checkpoints" / "best.ckpt")
     return [["fit", *common], ["test", *common, "--ckpt_path", best]]
 
@@ -70,7 +73,8 @@ def table_4(
         per_subgroup: Images added for each of the 32 subgroups, in each arm but the real one.
         seeds: At least three, for the interval knows the luck of training by them.
         workers: Arms trained at a time; more than one on a CPU only.
-        options: Further options of run.py, the same for every arm.
+        options: Further options of run.py, the same for every arm; `data.distort` is the
+            classical arm's.
     """
     if len(set(seeds)) < 3:
         raise UserError(f"Table 4 needs at least three different seeds, given are {seeds}.")

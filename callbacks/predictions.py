@@ -21,8 +21,8 @@ class Predictions(Callback):
     One row an image: `id`, `lesion_id`, `source`, the label and the probability of each attribute.
 
     Args:
-        arm: What the classifier was trained on, a column of Table 4: `real`, `oversampling`, `sd`
-            or `sd_rl`.
+        arm: What the classifier was trained on, a column of Table 4: `real`, `oversampling`,
+            `classical`, `sd` or `sd_rl`.
     """
 
     def __init__(self, arm: str = "real") -> None:

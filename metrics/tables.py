@@ -18,6 +18,7 @@ from metrics.wording import gain, gain_cell, paired_hits, percent, score_cell, v
 ARMS = {
     "real": "Real",
     "oversampling": "Real + oversampling",
+    "classical": "Real + classical",
     "sd": "Real + SD",
     "sd_rl": "Real + SD-RL",
 }

@@ -15,7 +15,7 @@ def test_each_arm_trains_and_tests_with_equal_counts(tmp_path, monkeypatch):
     done.mkdir(parents=True)
     (done / "metrics.json").write_text("{}")
     table4.table_4("demo/classifier.yaml", tmp_path, per_subgroup=7, options=["--data.size=16"])
-    assert len(ran) == 11
+    assert len(ran) == 14
     fits = [fit for fit, _ in ran]
     sources = []
     for fit, test in ran:
@@ -25,6 +25,7 @@ def test_each_arm_trains_and_tests_with_equal_counts(tmp_path, monkeypatch):
         assert test[test.index("--ckpt_path") + 1] == f"{folder}/checkpoints/best.ckpt"
         arm = fit[fit.index("--trainer.callbacks.arm") + 1]
         assert f"table4/{arm}/seed_" in folder
+        assert fit[fit.index("--data.distort") + 1] == ("true" if arm == "classical" else "false")
         if "--data.extra" in fit:
             extra = json.loads(fit[fit.index("--data.extra") + 1])
             assert extra["per_subgroup"] == 7

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -96,6 +97,18 @@ def test_distances_grow_with_the_share_of_foreign_images():
         found.append(
             (frechet_distance(moments(real), moments(mixed)), kernel_distance(real, mixed))
         )
+    assert found == sorted(found)
+    assert [kernel for _, kernel in found] == sorted(kernel for _, kernel in found)
+
+
+def test_distances_grow_with_blur():
+    draw = torch.Generator().manual_seed(0)
+    real, same = torch.randn(2, 400, 1, 6, 6, generator=draw, dtype=torch.float64)
+    found = []
+    for reach in range(4):
+        blurred = F.avg_pool2d(same, 2 * reach + 1, 1, reach, count_include_pad=False)
+        features = real.flatten(1), blurred.flatten(1)
+        found.append((frechet_distance(*map(moments, features)), kernel_distance(*features)))
     assert found == sorted(found)
     assert [kernel for _, kernel in found] == sorted(kernel for _, kernel in found)
 

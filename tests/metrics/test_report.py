@@ -92,7 +92,8 @@ def write_arm(root, arm, seed, skill, luck):
 def runs(data, tmp_path):
     write_samples(tmp_path / "sd", "SD", manifest(0, 0.6), data)
     write_samples(tmp_path / "ddpo", "SD+RL", manifest(1, 0.97), data)
-    for arm, skill, luck in (("real", 1, 0), ("oversampling", 1, 5), ("sd", 1, 9), ("sd_rl", 4, 0)):
+    arms = (("real", 1, 0), ("oversampling", 1, 5), ("classical", 1, 7), ("sd", 1, 9))
+    for arm, skill, luck in (*arms, ("sd_rl", 4, 0)):
         for seed in range(3):
             write_arm(tmp_path, arm, seed, skill, luck + seed)
     return tmp_path
@@ -208,7 +209,9 @@ def test_the_report_computes_table_4_as_its_formula_does(runs):
     for path in sorted((runs / "table4").rglob("predictions.csv")):
         seed = json.loads(path.with_name("metrics.json").read_text())["seed"]
         arms.setdefault(path.parts[-4], {})[seed] = pd.read_csv(path)
-    expected = table_4({a: arms[a] for a in ("real", "oversampling", "sd", "sd_rl")}, ["ink"])
+    expected = table_4(
+        {a: arms[a] for a in ("real", "oversampling", "classical", "sd", "sd_rl")}, ["ink"]
+    )
     found = numbers[numbers["attribute"] == "ink"]
     np.testing.assert_allclose(found["value"], expected["value"])
     np.testing.assert_allclose(found["p"].dropna(), expected["p"].dropna())
