@@ -31,7 +31,7 @@ TEST = OMP_NUM_THREADS=1 DEMO=$(RUN) $(PY) run.py test --config demo/ddpo.yaml -
 report: .venv/installed   ## the paper's tables and figures, after `make demo`
 	test -f $(RUN)/sd/results/leakage.csv || $(TEST) --model.policy null --trainer.default_root_dir $(RUN)/sd
 	test -f $(RUN)/ddpo/results/leakage.csv || $(TEST)
-	OMP_NUM_THREADS=1 $(PY) table4.py --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
+	OMP_NUM_THREADS=1 $(PY) table4.py --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--data.num_workers=0", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
 	$(PY) run.py report $(RUN)
 
 base: .venv/installed   ## make the embedded base again (an hour or two) and measure its gates

@@ -42,7 +42,7 @@ def stages(run: Path, seed: int) -> list[Stage]:
         ("balanced", [*draw, str(seed + 1000), "--root", str(run / "balanced"), *balanced]),
         ("classifier", [*fit, "demo/classifier.yaml", *seeded]),
         ("judge", [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)]),
-        ("sd", [*fit, "demo/sd.yaml", *seeded]),
+        ("sd", [*fit, "demo/sd.yaml", *seeded, *twice, "--data.batch_size", "32"]),
         ("ddpo", [*fit, "demo/ddpo.yaml", *seeded, *twice]),
         ("score sd", [*test, "demo/ddpo.yaml", *seeded, *twice, *baseline]),
         ("score sd_rl", [*test, "demo/ddpo.yaml", *seeded, *twice]),
