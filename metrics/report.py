@@ -1,5 +1,6 @@
 """`run.py report RUN...`: the paper's tables and figures out of finished runs."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from datamodules.errors import UserError
 from metrics.alignment import leakage
 from metrics.figures import leakage_figure
 from metrics.pictures import few_real_figure, prompt_figure, same_seed_figure
-from metrics.results import write_csv, write_text
+from metrics.results import file_hash, write_csv, write_text
 from metrics.runs import MODELS, Missing, Runs, find_runs
 from metrics.tables import BUILDERS, Table, augmentation_scores, require_models
 
@@ -42,6 +43,7 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
     page += _write_figures(found, output)
     page += ["Made of:", "", *(f"- {m}: {folder}" for m, folder in found.folders.items()), ""]
     write_text(output / "report.md", "\n".join(page))
+    _write_manifest(found, output)
     _log(output)
     return output / "report.md"
 
@@ -107,6 +109,16 @@ def _matrices(runs: Runs, path: Path) -> None:
     for model, matrix in matrices.items():
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
     leakage_figure(matrices, path)
+
+
+def _write_manifest(runs: Runs, output: Path) -> None:
+    """Write the sha256 of what the report was made of and of the tables it came to."""
+    beside = output.resolve().parent
+    hashes = {
+        "made of": {os.path.relpath(path, beside): file_hash(path) for path in runs.files},
+        "tables": {path.name: file_hash(path) for path in sorted(output.glob("*.csv"))},
+    }
+    write_text(output / "manifest.json", json.dumps(hashes, indent=2) + "\n")
 
 
 def _log(output: Path) -> None:

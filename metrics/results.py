@@ -1,5 +1,6 @@
 """What `test` leaves behind: `results/metrics.json`, and what it rests on."""
 
+import hashlib
 import json
 import os
 import platform
@@ -35,6 +36,11 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text)
     os.replace(unfinished, path)
+
+
+def file_hash(path: Path) -> str:
+    """Return a file's sha256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def versions() -> dict[str, str]:

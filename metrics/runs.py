@@ -32,12 +32,14 @@ class Runs:
         folders: Where each lies.
         arms: Predictions of Table 4, by arm and seed.
         classifiers: Their results.
+        files: All `results/metrics.json` that were read.
     """
 
     samples: dict[str, dict[str, Any]] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
     arms: dict[str, dict[int, pd.DataFrame]] = field(default_factory=dict)
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
 
     def manifest(self, model: str) -> pd.DataFrame:
         """Read the manifest of a model's samples, sorted by id."""
@@ -65,7 +67,7 @@ def find_runs(folders: Sequence[Path]) -> Runs:
             f"there is no {RESULTS}/{METRICS} in or below {', '.join(map(str, folders))}.\n"
             "  Score something first: python run.py test --config ddpo.yaml"
         )
-    runs, sources = Runs(), {}
+    runs, sources = Runs(files=paths), {}
     for path in paths:
         results = _read(path)
         if results["kind"] == "samples":
