@@ -66,7 +66,7 @@ class _Samples:
 
     def __init__(self, runs: Runs, model: str) -> None:
         self.manifest = runs.manifest(model)
-        folder = Path(runs.samples[model]["provenance"]["samples_folder"]) / INPUT
+        folder = runs.samples_folder(model) / INPUT
         paths = [folder / f"{name}.png" for name in self.manifest["id"]]
         if not paths[0].exists():
             raise Missing(f"from the images in {folder}, which are gone: run.py predict draws them")

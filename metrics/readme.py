@@ -51,7 +51,7 @@ def demo_scores(path: Path) -> dict[str, Any]:
         **scores,
         "ceiling": results["ceiling"],
         "stopped": results["stopped"],
-        "seconds": sum(results["seconds"].values()),
+        "seconds": results["seconds"],
         "results.json": file_hash(path),
     }
 
@@ -59,7 +59,7 @@ def demo_scores(path: Path) -> dict[str, Any]:
 def demo_table(demos: Sequence[dict[str, Any]]) -> str:
     """Lay out the scores of several demos in Markdown."""
     heads = ("command", *(f"APR of {what}, %" for what in ("SD", "SD+RL", "real images")),
-             "of the gap", "reward", "minutes")  # fmt: skip
+             "of the gap", "reward")  # fmt: skip
     lines = ["## APR of SD and SD+RL", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for demo in demos:
         before, after, most = (demo[k]["apr"] for k in ("sd", "sd_rl", "ceiling"))
@@ -69,7 +69,6 @@ def demo_table(demos: Sequence[dict[str, Any]]) -> str:
             f"{100 * most:.1f}",
             f"{(after - before) / (most - before):.0%}",
             f"{demo['sd']['reward']:.3f} to {demo['sd_rl']['reward']:.3f}",
-            f"{demo['seconds'] / 60:.1f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

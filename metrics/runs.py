@@ -41,9 +41,15 @@ class Runs:
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
+    def samples_folder(self, model: str) -> Path:
+        """Find a model's samples: in its run folder, which may have moved, or where they were."""
+        scored = Path(self.samples[model]["provenance"]["samples_folder"])
+        beside = self.folders[model] / scored.name
+        return beside if (beside / MANIFEST).exists() else scored
+
     def manifest(self, model: str) -> pd.DataFrame:
         """Read the manifest of a model's samples, sorted by id."""
-        folder = Path(self.samples[model]["provenance"]["samples_folder"])
+        folder = self.samples_folder(model)
         try:
             return pd.read_csv(folder / MANIFEST).sort_values("id", ignore_index=True)
         except OSError as error:

@@ -99,6 +99,14 @@ def runs(data, tmp_path):
     return tmp_path
 
 
+def test_runs_that_were_moved_are_reported(runs, tmp_path):
+    moved = runs.rename(tmp_path.with_name(f"{tmp_path.name}_moved"))
+    main(["report", str(moved)])
+    assert "Figure 1" in (moved / "report" / "report.md").read_text()
+    with Image.open(moved / "report" / "figure_1.png") as image:
+        assert min(image.size) > 150
+
+
 def test_all_tables_and_figures_come_out_of_finished_runs(runs):
     main(["report", str(runs)])
     made = {path.name for path in (runs / "report").iterdir()}
