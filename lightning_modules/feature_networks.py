@@ -73,8 +73,9 @@ class Weights:
     @property
     def remedy(self) -> str:
         """What to do."""
+        place = str(self.cached).replace(str(Path.home()), "~", 1)
         return (
-            f"fetch {self.url} and put it at {self.cached} (TORCH_HOME moves that folder), or give "
+            f"fetch {self.url} and put it at {place} (TORCH_HOME moves that folder), or give "
             f"its path as {self.option}"
         )
 

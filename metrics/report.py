@@ -41,7 +41,8 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
     if found.arms and len({len(seeds) for seeds in found.arms.values()}) == 1:
         write_csv(output / "table_4_numbers.csv", augmentation_scores(found), index=False)
     page += _write_figures(found, output)
-    page += ["Made of:", "", *(f"- {m}: {folder}" for m, folder in found.folders.items()), ""]
+    origins = {model: _beside(folder, output) for model, folder in found.folders.items()}
+    page += ["Made of:", "", *(f"- {model}: {folder}" for model, folder in origins.items()), ""]
     write_text(output / "report.md", "\n".join(page))
     _write_manifest(found, output)
     _log(output)
@@ -113,12 +114,15 @@ def _matrices(runs: Runs, path: Path) -> None:
 
 def _write_manifest(runs: Runs, output: Path) -> None:
     """Write the sha256 of what the report was made of and of the tables it came to."""
-    beside = output.resolve().parent
     hashes = {
-        "made of": {os.path.relpath(path, beside): file_hash(path) for path in runs.files},
+        "made of": {_beside(path, output): file_hash(path) for path in runs.files},
         "tables": {path.name: file_hash(path) for path in sorted(output.glob("*.csv"))},
     }
     write_text(output / "manifest.json", json.dumps(hashes, indent=2) + "\n")
+
+
+def _beside(path: Path, output: Path) -> str:
+    return os.path.relpath(path, output.resolve().parent)
 
 
 def _log(output: Path) -> None:
