@@ -109,12 +109,12 @@ def ceiling(run: Path) -> dict[str, Any]:
 
 
 def reason_of_stop(run: Path) -> str:
-    """Return the sentence that RewardPlateau left in the last checkpoint."""
+    """Return the sentence that RewardPlateau or RewardHacking left in the last checkpoint."""
     checkpoint = torch.load(
         run / "ddpo" / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
     )
-    plateau = next(s for name, s in checkpoint["callbacks"].items() if "RewardPlateau" in name)
-    return plateau["stopping_reason_message"] or (
+    reasons = [s.get("stopping_reason_message") for s in checkpoint["callbacks"].values()]
+    return next(filter(None, reasons), None) or (
         f"Stopped after epoch {checkpoint['epoch'] + 1}: trainer.max_epochs, before any plateau."
     )
 

@@ -76,13 +76,19 @@ class RewardHacking(EarlyStopping):
         self.judged: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores so far; the settings are not among them."""
-        return {"epochs": self.epochs, "rewards": self.rewards, "judged": self.judged}
+        """Return the scores so far and why it stopped; the settings are not among them."""
+        return {
+            "epochs": self.epochs,
+            "rewards": self.rewards,
+            "judged": self.judged,
+            "stopping_reason_message": self.stopping_reason_message,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         for name in ("epochs", "rewards", "judged"):
             setattr(self, name, list(state_dict[name]))
+        self.stopping_reason_message = state_dict["stopping_reason_message"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log how far reward and judge have come since the judge's best."""
