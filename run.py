@@ -278,7 +278,12 @@ def main(args: ArgsType = None) -> CommandLine | Path:
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=42,
-        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "allow_abbrev": False,
+            "description": "Fine-tune Stable Diffusion, and align it with its prompts by DDPO.",
+            "epilog": "And `run.py report RUN...`: the paper's tables and figures of finished runs.",
+        },
         args=args,
     )
 

@@ -88,6 +88,15 @@ def test_a_typing_mistake_gets_one_message_with_the_near_name(capsys, args, says
         assert part in error
 
 
+def test_the_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        in_process("--help")
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "describe", "report"):
+        assert command in shown.split()
+
+
 def test_an_unknown_command_gets_the_known_ones(capsys):
     error = refused(capsys, "fitt", "--config=ddpo.yaml")
     for part in ("fitt", "fit", "validate", "test", "predict", "describe"):
