@@ -282,7 +282,7 @@ def main(args: ArgsType = None) -> CommandLine | Path:
             "parser_mode": "omegaconf+",
             "allow_abbrev": False,
             "description": "Fine-tune Stable Diffusion, and align it with its prompts by DDPO.",
-            "epilog": "And `run.py report RUN...`: the paper's tables and figures of finished runs.",
+            "epilog": "And `run.py report RUN...`: tables and figures of finished runs.",
         },
         args=args,
     )

@@ -32,8 +32,8 @@ class StableDiffusion(TextToImage):
         train: The full U-Net, or low-rank adapters on its attention layers.
         lora_rank: Rank of the adapters.
         lora_alpha: The adapters' output is scaled by alpha / rank; null takes the rank.
-        optimizer: The paper's: AdamW, 1e-5, weight decay 1e-2. Adapters want about 1e-4. `fused` takes
-            the step in one kernel, on CPUs too.
+        optimizer: The paper's: AdamW, 1e-5, weight decay 1e-2. Adapters want about 1e-4.
+            `fused` takes the step in one kernel, on CPUs too.
         lr_scheduler: Stepped once per optimizer step; null keeps the rate constant.
         caption_dropout: Share of captions replaced by the empty prompt, so that classifier-free
             guidance has an unconditional model of skin to guide away from. The paper's authors
