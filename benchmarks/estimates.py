@@ -24,6 +24,8 @@ from lightning_modules.lora import add_lora
 
 FLOAT32, BFLOAT16 = 4, 2
 TRAIN_IMAGES = 12_004
+BATCH = {"classifier": 32, "sd": 4, "ddpo": 8}
+"""Images of a training pass on each GPU in the shipped configurations."""
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -134,16 +136,19 @@ def add_lora_on_meta(unet: UNet2DConditionModel, rank: int) -> None:
         add_lora(unet, rank, seed=0)
 
 
-def classifier_gflop(backbone: str = "efficientnet_b0", size: int = 224) -> float:
-    """Return GFLOP of one image's training step."""
+def classifier_figures(backbone: str = "efficientnet_b0", size: int = 224) -> tuple[float, ...]:
+    """Return the GFLOP and the GB of one image's training step, and the GB of the state."""
     network = on_meta(lambda: timm.create_model(backbone, num_classes=6))
+    half = on_meta(lambda: timm.create_model(backbone, num_classes=6)).to(torch.bfloat16)
     with torch.device("meta"):
         image = torch.empty(2, 3, size, size)
-    return flops(lambda: network(image).sum().backward()) / 2e9
+    work = flops(lambda: network(image).sum().backward()) / 2e9
+    kept = activation_bytes(half, lambda: half(image.to(torch.bfloat16))) / 2e9
+    return work, kept, state_bytes(network) / 1e9
 
 
 def estimate(tflops: float = 790.0, share: float = 0.4, epochs: int = 20) -> dict[str, Any]:
-    """Work out the stages' hours.
+    """Work out the stages' hours, and the memory of each GPU with the shipped batch sizes.
 
     Args:
         tflops: Dense bf16 rate of one GPU in TFLOP/s; 790 is an H200's, 312 an A100's.
@@ -151,26 +156,39 @@ def estimate(tflops: float = 790.0, share: float = 0.4, epochs: int = 20) -> dic
         epochs: Of classifier and fine-tuning, over 12,004 images.
     """
     figures = network_figures()
-    gflop = figures["gflop_per_image"]
-    per_image = {
-        "classifier": classifier_gflop(),
-        "fine-tuning, cached latents": gflop["unet_full"],
-        "fine-tuning, not cached": gflop["unet_full"] + gflop["vae_encode"] + gflop["text"],
-        # 50 steps, both branches of guidance, once to sample and once to train
-        "DDPO, LoRA": 100 * (gflop["unet_forward"] + gflop["unet_lora"]) + gflop["vae_decode"],
-    }
-    images = {name: epochs * TRAIN_IMAGES for name in per_image} | {"DDPO, LoRA": 100 * 256}
-    rate = tflops * 1e3 * share
+    gflop, held = figures["gflop_per_image"], figures["gigabytes"]
+    work, activations, state = classifier_figures()
+    tuning = held["state_full"] + BATCH["sd"] * held["activations"]
+    # GFLOP of an image, GB of a GPU
     stages = {
-        name: {
-            "images": images[name],
-            "seconds_per_image": float(f"{work / rate:.3g}"),
-            "hours": {n: float(f"{work * images[name] / rate / 3600 / n:.2g}") for n in (1, 4, 8)},
-        }
-        for name, work in per_image.items()
+        "classifier": (work, state + BATCH["classifier"] * activations),
+        "fine-tuning, cached latents": (gflop["unet_full"], tuning),
+        "fine-tuning, not cached": (
+            gflop["unet_full"] + gflop["vae_encode"] + gflop["text"], tuning + held["frozen"]
+        ),
+        # 50 steps, both branches of guidance, once to sample and once to train
+        "DDPO, LoRA": (
+            100 * (gflop["unet_forward"] + gflop["unet_lora"]) + gflop["vae_decode"],
+            held["state_lora"] + held["frozen"] + 2 * BATCH["ddpo"] * held["activations"],
+        ),
+    }  # fmt: skip
+    images = {name: epochs * TRAIN_IMAGES for name in stages} | {"DDPO, LoRA": 100 * 256}
+    rate = tflops * 1e3 * share
+    return {
+        "assumed": {"tflops": tflops, "share_of_rate": share, "scaling_over_gpus": 1.0},
+        **figures,
+        "stages": {
+            name: {
+                "images": images[name],
+                "seconds_per_image": float(f"{work / rate:.3g}"),
+                "hours": {
+                    n: float(f"{work * images[name] / rate / 3600 / n:.2g}") for n in (1, 4, 8)
+                },
+                "gigabytes": round(gigabytes, 1),
+            }
+            for name, (work, gigabytes) in stages.items()
+        },
     }
-    assumed = {"tflops": tflops, "share_of_rate": share, "scaling_over_gpus": 1.0}
-    return {"assumed": assumed, **figures, "stages": stages}
 
 
 if __name__ == "__main__":
