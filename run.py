@@ -48,6 +48,7 @@ EXPECTED = (
     "recommended to use `self.log\\('(val|test)/(apr|reward)'",
     # of Lightning's own making, for Lightning to change
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "torch.distributed.nn.functional.all_gather is deprecated",
 )
 for message in EXPECTED:
     warnings.filterwarnings("ignore", f".*{message}")
