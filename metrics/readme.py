@@ -50,8 +50,6 @@ def demo_scores(path: Path) -> dict[str, Any]:
         "seed": results["sd"]["provenance"]["sampler"]["seed"],
         **scores,
         "ceiling": results["ceiling"],
-        "stopped": results["stopped"],
-        "seconds": results["seconds"],
         "results.json": file_hash(path),
     }
 

@@ -45,6 +45,12 @@ def test_weights_are_float16_safetensors_and_nothing_else():
     assert not [p for p in BASE.rglob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
+def test_weights_of_the_text_encoder_have_the_names_of_stable_diffusion():
+    """Without the prefix, transformers before 5 fills the encoder with random numbers."""
+    with safe_open(BASE / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())
+
+
 def test_scheduler_has_the_configuration_of_stable_diffusion(base):
     assert isinstance(base.scheduler, DDIMScheduler)
     assert {key: base.scheduler.config[key] for key in STABLE_DIFFUSION} == STABLE_DIFFUSION

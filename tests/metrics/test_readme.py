@@ -41,8 +41,6 @@ def finished_demo(run, seed, before):
         "sd": {**sd, "provenance": {"sampler": {"seed": seed}}},
         "sd_rl": {**sd, "apr": 0.9, "apr_interval": [0.89, 0.91], "reward": 0.97},
         "ceiling": {"apr": 1.0, "apr_interval": [0.99, 1.0], "n": 750},
-        "stopped": "",
-        "seconds": {"data": 60, "ddpo": 540},
     }
     (run / "results.json").write_text(json.dumps(results))
     return run
