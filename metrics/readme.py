@@ -36,7 +36,8 @@ def taken(runs: Sequence[Path], root: Path = ROOT) -> None:
     """Take the report of the first finished demo, and the scores of all, into `docs/report`."""
     folder = root / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(runs[0] / "report", folder, ignore=shutil.ignore_patterns("*.tex", "tensor*"))
+    page_alone = shutil.ignore_patterns("report.md", "*.tex", "tensorboard")
+    shutil.copytree(runs[0] / "report", folder, ignore=page_alone)
     demos = [demo_scores(run / "results.json") for run in runs]
     write_text(folder / "demo.json", json.dumps(demos, indent=2) + "\n")
     write_text(folder / "demo.md", demo_table(demos))
