@@ -5,9 +5,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.errors import UserError
+from metrics.figures import curves_over
+
+DISTANCE = "val/sqrt_kl"
 
 
 def hacked_since(
@@ -45,6 +49,9 @@ class RewardHacking(EarlyStopping):
 
     Both are scored on the same images, of fixed prompts and noise, so their changes are the
     policy's. The gap between the judge's best and its last score is logged as `val/judge_fall`.
+    With adapters, TensorBoard also shows both over the root of the KL divergence from the policy
+    before training, where optimizing a proxy too far shows as a fall of the true score (Gao et al.,
+    "Scaling laws for reward model overoptimization", 2023).
     Best weights are kept by a ModelCheckpoint that monitors the judge.
 
     Args:
@@ -74,6 +81,7 @@ class RewardHacking(EarlyStopping):
         self.epochs: list[int] = []
         self.rewards: list[float] = []
         self.judged: list[float] = []
+        self.distances: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores so far and why it stopped; the settings are not among them."""
@@ -81,12 +89,13 @@ class RewardHacking(EarlyStopping):
             "epochs": self.epochs,
             "rewards": self.rewards,
             "judged": self.judged,
+            "distances": self.distances,
             "stopping_reason_message": self.stopping_reason_message,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        for name in ("epochs", "rewards", "judged"):
+        for name in ("epochs", "rewards", "judged", "distances"):
             setattr(self, name, list(state_dict[name]))
         self.stopping_reason_message = state_dict["stopping_reason_message"]
 
@@ -111,6 +120,9 @@ class RewardHacking(EarlyStopping):
         # every process has gathered the same scores
         self.rewards.append(logged[self.reward].item())
         self.judged.append(logged[self.monitor].item())
+        if DISTANCE in logged:
+            self.distances.append(logged[DISTANCE].item())
+            self._show(trainer)
         since = hacked_since(self.rewards, self.judged, self.min_rise, self.min_fall)
         if since is None or self.epochs[-1] - self.epochs[since] < self.patience:
             return
@@ -126,3 +138,10 @@ class RewardHacking(EarlyStopping):
         )
         trainer.should_stop = True
         rank_zero_info(self.stopping_reason_message)
+
+    def _show(self, trainer: L.Trainer) -> None:
+        scores = {self.reward: self.rewards, self.monitor: self.judged}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                figure = curves_over(self.distances, scores, "root of KL from the start")
+                logger.experiment.add_figure("val/over_sqrt_kl", figure, trainer.current_epoch)

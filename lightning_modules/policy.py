@@ -1,17 +1,20 @@
 """The policy as a network: what it starts from, which of its weights train, what it leaves."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from datamodules.errors import UserError
 from lightning_modules.lora import add_lora, load_policy, save_lora, without_lora
 from lightning_modules.pipeline_source import is_hub_id
 from lightning_modules.policy_evaluation import PolicyEvaluation
+from lightning_modules.randomness import keys
 from lightning_modules.ranges import require_in_range
 from lightning_modules.rollout import require_divisible
 from lightning_modules.stages import Need, require
@@ -22,8 +25,8 @@ class Policy(PolicyEvaluation, TextToImage):
     """A pipeline whose U-Net, or adapters on it, are trained for a reward.
 
     Subclasses take `pipeline`, `policy`, `judge`, `train`, `lora_rank`, `updates`, `compile`,
-    `gradient_checkpointing`, `guidance_in_training` and `seed` as hyperparameters and set `reward`
-    and `optimizer`.
+    `gradient_checkpointing`, `guidance_in_training`, `sample_batch` and `seed` as hyperparameters
+    and set `reward` and `optimizer`.
     """
 
     optimizer: OptimizerCallable
@@ -72,6 +75,7 @@ class Policy(PolicyEvaluation, TextToImage):
         if not hasattr(self, "unet"):
             super().configure_model()
             self.load_scorers()
+            self.divergence = MeanMetric()
             if self.hparams.gradient_checkpointing:
                 self.unet.enable_gradient_checkpointing()
             if self.hparams.compile:
@@ -86,6 +90,41 @@ class Policy(PolicyEvaluation, TextToImage):
             add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
         else:
             unet.requires_grad_(True)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count one batch of prompts; of the first, also how far the policy has come."""
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0 and self.hparams.train == "lora":
+            self.divergence.update(self.divergence_from_start(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, and the root of the divergence that they were bought with."""
+        super().on_validation_epoch_end()
+        if self.hparams.train == "lora":
+            self.log("val/sqrt_kl", self.divergence.compute().sqrt())
+            self.divergence.reset()
+
+    @torch.no_grad()
+    def divergence_from_start(self, batch: dict[str, Any]) -> Tensor:
+        """KL divergence from the policy before training, over whole trajectories, `(n,)`.
+
+        Of this rank's among the first `sample_batch` images of a batch. Summed over the steps, and
+        averaged over the latents' dimensions as the log-density is.
+        """
+        mine = slice(self.global_rank, self.hparams.sample_batch, self.trainer.world_size)
+        prompts, index = batch["prompt"][mine], batch["index"][mine]
+        total = torch.zeros(len(prompts), device=self.device)
+        if not prompts:
+            return total
+        text = self.embed(prompts)
+        latents, transitions = self.walk(prompts, keys(self.hparams.seed, "validation", 0, index))
+        for transition in transitions:
+            step = torch.full((len(prompts),), transition.step, device=self.device)
+            noise = self.trained_noise(latents, step, text)
+            reference = self.reference_noise(latents, step, text)
+            total += self.schedule.divergence(latents, noise, reference, step)
+            latents = transition.previous
+        return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimize the adapters or the full U-Net, whichever is trained."""

@@ -1,5 +1,6 @@
-"""The 32 x 6 matrix as a figure: which attribute leaks into which prompt."""
+"""Figures of scores: which attribute leaks into which prompt; scores over a distance."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -45,3 +46,22 @@ def leakage_figure(matrices: dict[str, pd.DataFrame], path: Path) -> None:
     figure.suptitle("Share of a prompt's images\nthat show an attribute (framed: asked for)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def curves_over(
+    distances: Sequence[float], scores: Mapping[str, Sequence[float]], label: str
+) -> Figure:
+    """Draw scores over how far a policy has come, in the order of its training.
+
+    Args:
+        distances: One for each scoring.
+        scores: By name, as many.
+        label: What the distance is.
+    """
+    figure = Figure(figsize=(5, 3.2 * len(scores)), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, values) in zip(axes, scores.items(), strict=True):
+        axis.plot(distances, values[-len(distances) :], marker="o", markersize=3)
+        axis.set_ylabel(name)
+    axes[-1].set_xlabel(label)
+    return figure

@@ -4,6 +4,8 @@ import random
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import quiet_trainer
 from torch.utils.data import DataLoader
 
@@ -54,6 +56,22 @@ def test_a_rising_reward_under_a_falling_judge_stops_after_patience_epochs(tmp_p
         assert part in callback.stopping_reason_message
     assert trainer.callback_metrics["val/judge_fall"].item() == pytest.approx(0.2)
     assert trainer.callback_metrics["val/reward_rise"].item() == pytest.approx(0.15)
+
+
+def test_scores_are_shown_over_the_distance_from_the_start(tmp_path):
+    class Distant(Scripted):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val/sqrt_kl", 0.1 * self.current_epoch)
+
+    callback, data = RewardHacking(), DataLoader([0])
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=3, callbacks=[callback], logger=TensorBoardLogger(tmp_path, "", "")
+    )
+    trainer.fit(Distant([0.5, 0.6, 0.7], [0.4, 0.5, 0.4]), data, data)
+    assert callback.distances == pytest.approx([0.0, 0.1, 0.2])
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert len(events.Images("val/over_sqrt_kl")) == 3
 
 
 def test_patience_counts_epochs_not_validations(tmp_path):

@@ -410,6 +410,31 @@ def test_the_reference_is_the_policy_before_training_without_a_copy(make, tmp_pa
     assert trainer.callback_metrics["policy/reference_kl"] > 0
 
 
+def test_validation_says_how_far_the_adapters_have_come(make, tmp_path):
+    policy = make(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sample_batch=3)
+    trainer = fit(policy, tmp_path)
+    base = load_pipeline(policy.hparams.pipeline).unet
+    batch = next(iter(trainer.datamodule.val_dataloader()))
+    slow = []
+    with torch.no_grad():
+        for row in range(3):
+            prompt, total = batch["prompt"][row], 0.0
+            noise_key = keys(policy.hparams.seed, "validation", 0, batch["index"][row : row + 1])
+            x, transitions = policy.walk([prompt], noise_key)
+            for step, previous, _ in transitions:
+                (mean, s), (start, _) = (
+                    slow_transition(policy, unet, prompt, x, step) for unet in (policy.unet, base)
+                )
+                total += kl_divergence(Normal(mean, s), Normal(start, s)).mean()
+                x = previous
+            slow.append(total)
+    found = policy.divergence_from_start(batch)
+    torch.testing.assert_close(found, torch.stack(slow), rtol=1e-3, atol=1e-7)
+    assert found.min() > 1e-5
+    logged = trainer.callback_metrics["val/sqrt_kl"]
+    torch.testing.assert_close(logged, found.mean().sqrt(), rtol=1e-3, atol=1e-6)
+
+
 def test_a_heavy_penalty_keeps_the_policy_near_the_reference(make, tmp_path):
     apart = []
     for weight in (1e-9, 1e3):
