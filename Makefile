@@ -19,7 +19,7 @@ help:               ## list the targets
 
 .venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[test]' --constraint constraints.txt
+	.venv/bin/pip install --quiet --no-compile --disable-pip-version-check --editable '.[test]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed   ## every stage at a small size, in minutes on a laptop

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from datamodules.isic import ISICDataModule
 from lightning_modules.classifier import load_classifier
 from metrics.intervals import wilson_interval
 
-Stage = tuple[str, list[str]]
+Stage = tuple[str, list[list[str]]]
+"""Its name, and the commands that run at the same time."""
 
 
 def stages(run: Path, seed: int) -> list[Stage]:
@@ -38,14 +40,19 @@ def stages(run: Path, seed: int) -> list[Stage]:
     twice = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     baseline = ["--model.policy", "null", "--trainer.default_root_dir", str(run / "sd")]
     return [
-        ("data", [*draw, str(seed), "--root", str(run / "data"), *noisy]),
-        ("balanced", [*draw, str(seed + 1000), "--root", str(run / "balanced"), *balanced]),
-        ("classifier", [*fit, "demo/classifier.yaml", *seeded]),
-        ("judge", [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)]),
-        ("sd", [*fit, "demo/sd.yaml", *seeded, *twice, "--data.batch_size", "32"]),
-        ("ddpo", [*fit, "demo/ddpo.yaml", *seeded, *twice]),
-        ("score sd", [*test, "demo/ddpo.yaml", *seeded, *twice, *baseline]),
-        ("score sd_rl", [*test, "demo/ddpo.yaml", *seeded, *twice]),
+        ("data", [[*draw, str(seed), "--root", str(run / "data"), *noisy]]),
+        ("balanced", [[*draw, str(seed + 1000), "--root", str(run / "balanced"), *balanced]]),
+        (
+            "classifier and judge",
+            [
+                [*fit, "demo/classifier.yaml", *seeded],
+                [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)],
+            ],
+        ),
+        ("sd", [[*fit, "demo/sd.yaml", *seeded, *twice, "--data.batch_size", "32"]]),
+        ("ddpo", [[*fit, "demo/ddpo.yaml", *seeded, *twice]]),
+        ("score sd", [[*test, "demo/ddpo.yaml", *seeded, *twice, *baseline]]),
+        ("score sd_rl", [[*test, "demo/ddpo.yaml", *seeded, *twice]]),
     ]
 
 
@@ -58,11 +65,11 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
     """
     seconds_file = run / "stages.json"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
-    for name, command in stages(run, seed):
+    for name, commands in stages(run, seed):
         if name in seconds:
             print(f"[{name}] finished before, in {seconds[name]:.0f} s")
             continue
-        seconds[name] = execute(name, command, run)
+        seconds[name] = execute(name, commands, run)
         run.mkdir(parents=True, exist_ok=True)
         seconds_file.write_text(json.dumps(seconds, indent=2) + "\n")
     results = collect(run, seconds)
@@ -75,14 +82,28 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
     print(f"Curves and grids: {Path(sys.executable).parent}/tensorboard --logdir {run}")
 
 
-def execute(name: str, command: list[str], run: Path) -> float:
-    """Run one stage and return its wall seconds; a stage that fails ends the demo."""
-    typed = f"DEMO={run} python {shlex.join(command)}"
-    print(f"\n[{name}] $ {typed}", flush=True)
-    started = time.monotonic()
-    ended = subprocess.run([sys.executable, *command], env={**os.environ, "DEMO": str(run)})
-    if ended.returncode:
-        sys.exit(f"\n[{name}] ended with exit code {ended.returncode}; to go on: make demo")
+def execute(name: str, commands: list[list[str]], run: Path) -> float:
+    """Run one stage and return its wall seconds; a stage that fails ends the demo.
+
+    Of commands that run at the same time the first has the terminal, the others a file each.
+    """
+    started, running = time.monotonic(), []
+    for number, command in enumerate(commands):
+        log = run / f"{name} {number + 1}.log".replace(" ", "_") if number else None
+        typed = f"DEMO={run} python {shlex.join(command)}{f' > {log}' if log else ''}"
+        print(f"\n[{name}] $ {typed}", flush=True)
+        with log.open("w") if log else nullcontext() as output:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env={**os.environ, "DEMO": str(run)},
+                    stdout=output,
+                    stderr=output and subprocess.STDOUT,
+                )
+            )
+    failed = [process.args for process in running if process.wait()]
+    if failed:
+        sys.exit(f"\n[{name}] failed: {shlex.join(failed[0])}\nTo go on: make demo")
     return time.monotonic() - started
 
 
