@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +23,11 @@ class SpoiltOnOne(DDPO):
             rollout.latents[0, 1, 0, 0, 0] = math.nan
         return rollout
 
-    def rewards(self, rollout, groups):
+    def decode(self, latents):
+        images = super().decode(latents)
         if self.is_spoilt and self.where == "reward":
-            images = rollout.images.clone()
             images[0] = math.nan
-            rollout = replace(rollout, images=images)
-        return super().rewards(rollout, groups)
+        return images
 
     def accumulate(self, *args):
         if not (self.is_spoilt and self.where == "gradient"):
