@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning as L
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import (
     ArgsType,
@@ -35,7 +35,7 @@ from fault_tolerance.resume import Resume
 from fault_tolerance.run_folder import Room, claim
 from fault_tolerance.settings import settings_of
 from fault_tolerance.watchdog import Watchdog
-from metrics.report import report, run_folders
+from metrics.report import report, report_parser, run_folders
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -244,18 +244,6 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""
-
-
-def report_parser(**options: Any) -> ArgumentParser:
-    """Return the parser of `report`, which needs runs and no configuration."""
-    parser = ArgumentParser(
-        description="Write the paper's tables and figures of finished runs.", **options
-    )
-    parser.add_argument(
-        "runs", nargs="+", help="run folders, or folders that hold some", metavar="RUN"
-    )
-    parser.add_argument("--output", type=Path | None, help="folder to write; default: RUN/report")
-    return parser
 
 
 def main(args: ArgsType = None) -> CommandLine | Path:

@@ -16,7 +16,6 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
@@ -32,13 +31,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.measure import Seconds, now
 from datamodules.isic import ISICDataModule, ISICDataset
 from lightning_modules import StableDiffusion
 from lightning_modules.lora import add_lora
 from lightning_modules.pipelines import load_pipeline
 
 WARM_UP = 2
-Times = list[tuple[float, float]]
+Times = list[Seconds]
 Precision = Literal["32-true", "bf16-mixed"]
 
 
@@ -75,13 +75,6 @@ class ScriptImages(Dataset[dict[str, Any]]):
             truncation=True, return_tensors="pt",
         ).input_ids[0]  # fmt: skip
         return {"pixel_values": pixels, "input_ids": ids}
-
-
-def now() -> tuple[float, float]:
-    """Return wall and CPU seconds, with the GPU at rest."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter(), time.process_time()
 
 
 def script_loop(
@@ -167,11 +160,21 @@ def our_loop(
 
 def rates(ends: Times, batch_size: int) -> dict[str, float]:
     """Return images a second by wall and by CPU time: the median step, the first ones left out."""
-    steps = [(wall - w, cpu - c) for (w, c), (wall, cpu) in pairwise(ends)]
+    steps = [end - start for start, end in pairwise(ends)]
     wall, cpu = zip(*steps[WARM_UP:], strict=True)
     return {
         "images_per_second": round(batch_size / statistics.median(wall), 3),
         "images_per_cpu_second": round(batch_size / max(statistics.median(cpu), 1e-9), 3),
+    }
+
+
+def ratios(measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return our rates as multiples of the script's."""
+    base = measured["diffusers_script"]
+    return {
+        name: {k: round(v / base[k], 2) for k, v in rate.items()}
+        for name, rate in measured.items()
+        if name != "diffusers_script"
     }
 
 
@@ -218,17 +221,11 @@ def compare(
             "ours": rates(our_loop(*ours, cache=None), batch_size),
             "ours_cached": rates(our_loop(*ours, cache=str(Path(cache))), batch_size),
         }
-    base = measured["diffusers_script"]
-    ratios = {
-        name: {k: round(v / base[k], 2) for k, v in rate.items()}
-        for name, rate in measured.items()
-        if name != "diffusers_script"
-    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {"pipeline": pipeline, "size": size, "train": train, "batch_size": batch_size}
     settings |= {"precision": precision, "steps": steps, "num_workers": num_workers}
     settings |= {"device": device, "threads": torch.get_num_threads()}
-    return {"settings": settings, "measured": measured, "times_the_script": ratios}
+    return {"settings": settings, "measured": measured, "times_the_script": ratios(measured)}
 
 
 if __name__ == "__main__":

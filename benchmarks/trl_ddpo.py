@@ -11,6 +11,7 @@ the first adapters that `benchmarks.ddpo` has for the same seed, so that the two
 nothing but the code.
 """
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -84,13 +85,9 @@ class Seeded(DefaultDDPOStableDiffusionPipeline):
         return super().get_trainable_layers()
 
 
-def main() -> None:
-    """Run and print the figures as one JSON object."""
-    parser = ddpo_parser("DDPO of TRL 0.23.0, timed")
-    parser.add_argument("--same-draws", action="store_true", help="noise and adapters of ours")
-    options = parsed(parser)
-    PartialState(cpu=options.device == "cpu")
-    config = DDPOConfig(
+def config(options: argparse.Namespace) -> DDPOConfig:
+    """Return the settings that the options describe."""
+    return DDPOConfig(
         seed=options.seed, num_epochs=options.epochs, save_freq=10**9, log_with=None,
         accelerator_kwargs={"cpu": options.device == "cpu"},
         mixed_precision="no" if options.precision == "32" else "bf16",
@@ -103,6 +100,14 @@ def main() -> None:
             options.samples // options.updates // options.micro_batch
         ),
     )  # fmt: skip
+
+
+def main() -> None:
+    """Run and print the figures as one JSON object."""
+    parser = ddpo_parser("DDPO of TRL 0.23.0, timed")
+    parser.add_argument("--same-draws", action="store_true", help="noise and adapters of ours")
+    options = parsed(parser)
+    PartialState(cpu=options.device == "cpu")
     earned: list[float] = []
 
     def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
@@ -113,7 +118,7 @@ def main() -> None:
     kind = Seeded if options.same_draws else DefaultDDPOStableDiffusionPipeline
     pipeline = kind(options.pipeline, use_lora=options.train == "lora")
     pipeline.seed = options.seed
-    trainer = TimedTrainer(config, reward, lambda: (PROMPT, {}), pipeline)
+    trainer = TimedTrainer(config(options), reward, lambda: (PROMPT, {}), pipeline)
     trainer.noise = SampleNoise(options.seed) if options.same_draws else None
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     epochs, global_step = [], 0

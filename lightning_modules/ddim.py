@@ -136,11 +136,19 @@ def _require_density(sigma: Tensor, timesteps: Tensor) -> None:
 
 
 class Transition(NamedTuple):
-    """One denoising step of a batch: the index, x_{t-1} `(B, C, H, W)` and its log-prob `(B,)`."""
+    """One denoising step of a batch.
+
+    Attributes:
+        step: Its index.
+        previous: x_{t-1}, `(B, C, H, W)`.
+        log_prob: Of that action, `(B,)`.
+        noise: The prediction that it was drawn by, `(B, C, H, W)`, a constant.
+    """
 
     step: int
     previous: Tensor
     log_prob: Tensor
+    noise: Tensor
 
 
 def initial_latents(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
@@ -168,7 +176,9 @@ def denoise(
         step = torch.full((len(latents),), i, device=latents.device)
         noise = predict_noise(latents, step)
         draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
-        mean = schedule.mean(latents, noise.detach(), step)
+        constant = noise.detach()
+        mean = schedule.mean(latents, constant, step)
         previous = mean + schedule.sigma[i] * draw.to(latents.device)
-        yield Transition(i, previous, schedule.log_prob(previous, latents, noise, step))
+        log_prob = schedule.log_prob(previous, latents, noise, step)
+        yield Transition(i, previous, log_prob, constant)
         latents = previous

@@ -116,13 +116,13 @@ class Policy(PolicyEvaluation, TextToImage):
         total = torch.zeros(len(prompts), device=self.device)
         if not prompts:
             return total
-        text = self.embed(prompts)
+        text, empty = self.embed(prompts), self.embed([""])[0]
         latents, transitions = self.walk(prompts, keys(self.hparams.seed, "validation", 0, index))
         for transition in transitions:
             step = torch.full((len(prompts),), transition.step, device=self.device)
-            noise = self.trained_noise(latents, step, text)
-            reference = self.reference_noise(latents, step, text)
-            total += self.schedule.divergence(latents, noise, reference, step)
+            with without_lora(self.unet):
+                reference = self.guided_noise(latents, step, text, empty)
+            total += self.schedule.divergence(latents, transition.noise, reference, step)
             latents = transition.previous
         return total
 

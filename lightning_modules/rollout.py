@@ -56,9 +56,10 @@ class Rollout:
             transitions: The steps, taken as they are asked for.
         """
         self.latents[rows, 0] = latents
-        for step, latents, log_prob in transitions:
-            self.latents[rows, step + 1] = latents
-            self.log_probs[rows, step] = log_prob
+        for transition in transitions:
+            latents = transition.previous
+            self.latents[rows, transition.step + 1] = latents
+            self.log_probs[rows, transition.step] = transition.log_prob
         return latents
 
 

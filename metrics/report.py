@@ -5,9 +5,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
@@ -135,6 +137,18 @@ def _log(output: Path) -> None:
         pixels = np.asarray(Image.open(path).convert("RGB"))
         logger.experiment.add_image(f"report/{path.stem}", pixels, dataformats="HWC")
     logger.finalize("success")
+
+
+def report_parser(**options: Any) -> ArgumentParser:
+    """Return the parser of `report`, which needs runs and no configuration."""
+    parser = ArgumentParser(
+        description="Write the paper's tables and figures of finished runs.", **options
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="run folders, or folders that hold some", metavar="RUN"
+    )
+    parser.add_argument("--output", type=Path | None, help="folder to write; default: RUN/report")
+    return parser
 
 
 def run_folders(given: Sequence[str]) -> list[Path]:

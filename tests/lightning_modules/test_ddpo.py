@@ -421,7 +421,7 @@ def test_validation_says_how_far_the_adapters_have_come(make, tmp_path):
             prompt, total = batch["prompt"][row], 0.0
             noise_key = keys(policy.hparams.seed, "validation", 0, batch["index"][row : row + 1])
             x, transitions = policy.walk([prompt], noise_key)
-            for step, previous, _ in transitions:
+            for step, previous, *_ in transitions:
                 (mean, s), (start, _) = (
                     slow_transition(policy, unet, prompt, x, step) for unet in (policy.unet, base)
                 )

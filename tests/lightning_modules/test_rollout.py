@@ -79,7 +79,7 @@ def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
 
 def test_record_keeps_every_state_and_density():
     start = torch.zeros(2, 4, 8, 8)
-    walk = [Transition(i, start + i + 1, torch.tensor([i, -i])) for i in range(3)]
+    walk = [Transition(i, start + i + 1, torch.tensor([i, -i]), start) for i in range(3)]
     rollout = empty_rollout(
         torch.arange(3), ["a", "b", "c"], torch.zeros(3, 6), (4, 4, 8, 8), on_host=True
     )
