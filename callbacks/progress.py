@@ -13,6 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 SECONDS_BETWEEN_LINES = 60.0
 
 
+def steady(bar: Tqdm) -> Tqdm:
+    """Count a bar's time by a clock that is never set back; tqdm's own is that of the day."""
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar
+
+
 class InnerProgressBar(TQDMProgressBar):
     """Lightning's progress bar, with another below it for what a single step is doing.
 
@@ -45,6 +52,26 @@ class InnerProgressBar(TQDMProgressBar):
             self._silent = pl_module.report_progress
             # a function: a bound method would drag this callback into deep copies of the module
             pl_module.report_progress = lambda *report: self._report(*report)
+
+    def init_sanity_tqdm(self) -> Tqdm:
+        """Lightning's bar of the validation before training."""
+        return steady(super().init_sanity_tqdm())
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Lightning's bar of training."""
+        return steady(super().init_train_tqdm())
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Lightning's bar of validation."""
+        return steady(super().init_validation_tqdm())
+
+    def init_test_tqdm(self) -> Tqdm:
+        """Lightning's bar of testing."""
+        return steady(super().init_test_tqdm())
+
+    def init_predict_tqdm(self) -> Tqdm:
+        """Lightning's bar of prediction."""
+        return steady(super().init_predict_tqdm())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the module report nothing again."""
@@ -124,7 +151,7 @@ class InnerProgressBar(TQDMProgressBar):
 
     def _new_bar(self, phase: str, total: int) -> Tqdm:
         outer = 1 + (self.trainer.validating or self.trainer.sanity_checking)
-        return Tqdm(
+        bar = Tqdm(
             desc=phase,
             total=total,
             position=2 * self.process_position + outer + len(self._inner),
@@ -133,3 +160,4 @@ class InnerProgressBar(TQDMProgressBar):
             file=sys.stdout,
             bar_format=self.BAR_FORMAT,
         )
+        return steady(bar)

@@ -49,9 +49,9 @@ class RewardHacking(EarlyStopping):
 
     Both are scored on the same images, of fixed prompts and noise, so their changes are the
     policy's. The gap between the judge's best and its last score is logged as `val/judge_fall`.
-    With adapters, TensorBoard also shows both over the root of the KL divergence from the policy
-    before training, where optimizing a proxy too far shows as a fall of the true score (Gao et al.,
-    "Scaling laws for reward model overoptimization", 2023).
+    TensorBoard also shows both over the root of the KL divergence from the policy before training,
+    where optimizing a proxy too far shows as a fall of the true score (Gao et al., "Scaling laws
+    for reward model overoptimization", 2023).
     Best weights are kept by a ModelCheckpoint that monitors the judge.
 
     Args:

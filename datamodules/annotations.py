@@ -13,7 +13,7 @@ GROUND_TRUTH = "ISIC_2019_Training_GroundTruth.csv"
 METADATA = "ISIC_2019_Training_Metadata.csv"
 ARTIFACT_FILES = ("isic_inferred_wocarcinoma.csv", "isic_bias.csv")
 ARTIFACT_FOLDERS = (".", "annotations")
-COLUMNS = ("id", "stem", "lesion_id", "source", *ATTRIBUTES)
+COLUMNS = ("id", "stem", "named_in", "lesion_id", "source", *ATTRIBUTES)
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Annotations:
 
     Attributes:
         frame: Sorted by id, with the columns `id`, `stem` (the image file's name without its
-            ending), `lesion_id` and `source` (empty where unknown), and the six attributes (0, 1).
+            ending), `named_in` (table:line), `lesion_id` and `source` (empty where unknown), and
+            the six attributes (0, 1).
         without_artifacts: Images of each disease that have no row in the artifact file.
         artifacts_csv: The artifact file.
     """
@@ -87,8 +88,12 @@ def _one_table(path: Path, threshold: float) -> Annotations:
                 f"{path}: {len(wrong):,} image(s) do not have exactly one of {', '.join(DISEASES)}:"
                 f" {name_few(wrong)}.\n  Correct or remove these lines."
             )
-    frame = frame.rename(columns={"group": "lesion_id"}).assign(source="")
+    frame = _with_places(frame, path).rename(columns={"group": "lesion_id"}).assign(source="")
     return Annotations(frame.sort_values("id", ignore_index=True)[list(COLUMNS)], {}, path)
+
+
+def _with_places(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    return table.assign(named_in=[f"{path}:{line}" for line in table["line"]])
 
 
 def _official(root: Path, name: str) -> Path:
@@ -130,7 +135,8 @@ def _read_diseases(path: Path) -> pd.DataFrame:
     table = table[(table["MEL"] == 1) | (table["NV"] == 1)]
     if table.empty:
         raise UserError(f"{path} is empty of melanomas (MEL) and nevi (NV): no row has a 1 there.")
-    return table[["id", "stem", *DISEASES]].astype(dict.fromkeys(DISEASES, int))
+    table = _with_places(table, path)[["id", "stem", "named_in", *DISEASES]]
+    return table.astype(dict.fromkeys(DISEASES, int))
 
 
 def _add_lesions(joined: pd.DataFrame, path: Path) -> pd.DataFrame:

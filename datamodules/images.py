@@ -53,7 +53,11 @@ def find_images(root: Path, frame: pd.DataFrame, images: str = INPUT) -> list[Pa
             "files\n  that name only the images you have."
         )
     inside = {os.path.realpath(place) for place in (root, folder, folder / images)}
-    leaving = [e.path for e in found if e is not None and e.is_symlink() and _leaves(e, inside)]
+    leaving = [
+        f"{entry.path} (id {i}, {place})"
+        for entry, i, place in zip(found, frame["id"], frame["named_in"], strict=True)
+        if entry is not None and entry.is_symlink() and _leaves(entry, inside)
+    ]
     if leaving:
         raise UserError(
             f"{len(leaving):,} image(s) are links that lead out of {root}: {name_few(leaving)}.\n"

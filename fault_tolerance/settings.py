@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_tolerance.manifest import sha256_of
+from lightning_modules.backbone import WEIGHTS, pretrained_repo
 from lightning_modules.pipeline_source import cached_commit, is_hub_id
 
 NEUTRAL = frozenset(
@@ -61,12 +62,14 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def commits_of(settings: dict[str, Any]) -> dict[str, str]:
     """Name the commits of the model's hub ids, as far as the hub's cache has them."""
-    ids = {
-        key: value
+    commits = {
+        COMMIT + key: cached_commit(value)
         for key, value in settings.items()
         if key.startswith("model.") and isinstance(value, str) and is_hub_id(value)
     }
-    commits = {COMMIT + key: cached_commit(value) for key, value in ids.items()}
+    if settings.get("model.pretrained") is True:
+        repo = pretrained_repo(settings["model.backbone"])
+        commits[COMMIT + "model.pretrained"] = repo and cached_commit(repo, WEIGHTS)
     return {key: commit for key, commit in commits.items() if commit}
 
 

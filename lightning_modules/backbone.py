@@ -77,8 +77,14 @@ def _check_file(name: str, file: Path) -> None:
         )
 
 
+def pretrained_repo(name: str) -> str | None:
+    """Return the hub id of timm's weights for an architecture, None where there are none."""
+    config = timm.models.get_pretrained_cfg(name)
+    return config and config.hf_hub_id
+
+
 def _pretrained_file(name: str) -> str:
-    repo = timm.models.get_pretrained_cfg(name).hf_hub_id
+    repo = pretrained_repo(name)
     if not repo:
         raise UserError(f"timm has no pretrained weights for {name!r}: set `pretrained: false`")
     return from_cache_or_hub(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import lpips
 import torch
@@ -22,6 +23,7 @@ from torchvision.models import AlexNet_Weights
 from datamodules.errors import UserError
 from fault_tolerance.loading import read_checkpoint
 from lightning_modules.classifier import AttributeClassifier
+from lightning_modules.hub import within
 
 TIMEOUT = 4.0
 
@@ -62,6 +64,8 @@ class Weights:
             raise Unavailable(f"no {self.title} here, and HF_HUB_OFFLINE is set: {self.remedy}")
         try:
             self.cached.parent.mkdir(parents=True, exist_ok=True)
+            # resolving a name knows no time limit of its own
+            within(TIMEOUT, lambda: socket.getaddrinfo(urlsplit(self.url).hostname, None))
             with _patience(TIMEOUT):
                 digits = self.cached.stem.rpartition("-")[2]
                 torch.hub.download_url_to_file(self.url, str(self.cached), digits, progress=False)

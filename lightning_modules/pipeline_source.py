@@ -64,10 +64,15 @@ def fetch_pipeline(source: str, networks: Iterable[str] = NETWORKS) -> Path:
     return folder
 
 
-def cached_commit(source: str) -> str | None:
-    """Return the commit of a hub id in the hub's cache, None if it is not there; asks nobody."""
+def cached_commit(source: str, file: str = "model_index.json") -> str | None:
+    """Return the commit of a hub id in the hub's cache, None if it is not there; asks nobody.
+
+    Args:
+        source: `owner/name` or `owner/name@revision`.
+        file: One of its files.
+    """
     repo, revision = _HUB_ID.fullmatch(source).groups()
-    found = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    found = try_to_load_from_cache(repo, file, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 

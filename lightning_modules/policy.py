@@ -1,5 +1,7 @@
 """The policy as a network: what it starts from, which of its weights train, what it leaves."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torchmetrics import MeanMetric
 from datamodules.errors import UserError
 from lightning_modules.lora import add_lora, load_policy, save_lora, without_lora
 from lightning_modules.pipeline_source import is_hub_id
+from lightning_modules.pipelines import load_pipeline
 from lightning_modules.policy_evaluation import PolicyEvaluation
 from lightning_modules.randomness import keys
 from lightning_modules.ranges import require_in_range
@@ -94,15 +97,14 @@ class Policy(PolicyEvaluation, TextToImage):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count one batch of prompts; of the first, also how far the policy has come."""
         super().validation_step(batch, batch_idx)
-        if batch_idx == 0 and self.hparams.train == "lora":
+        if batch_idx == 0:
             self.divergence.update(self.divergence_from_start(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, and the root of the divergence that they were bought with."""
         super().on_validation_epoch_end()
-        if self.hparams.train == "lora":
-            self.log("val/sqrt_kl", self.divergence.compute().sqrt())
-            self.divergence.reset()
+        self.log("val/sqrt_kl", self.divergence.compute().sqrt())
+        self.divergence.reset()
 
     @torch.no_grad()
     def divergence_from_start(self, batch: dict[str, Any]) -> Tensor:
@@ -118,13 +120,32 @@ class Policy(PolicyEvaluation, TextToImage):
             return total
         text, empty = self.embed(prompts), self.embed([""])[0]
         latents, transitions = self.walk(prompts, keys(self.hparams.seed, "validation", 0, index))
-        for transition in transitions:
-            step = torch.full((len(prompts),), transition.step, device=self.device)
-            with without_lora(self.unet):
+        walked = list(transitions)
+        with self.before_training():
+            for transition in walked:
+                step = torch.full((len(prompts),), transition.step, device=self.device)
                 reference = self.guided_noise(latents, step, text, empty)
-            total += self.schedule.divergence(latents, transition.noise, reference, step)
-            latents = transition.previous
+                total += self.schedule.divergence(latents, transition.noise, reference, step)
+                latents = transition.previous
         return total
+
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        """Let the U-Net compute what it did before training: without adapters, or as it was read.
+
+        A full U-Net is read again, and is in memory twice as long as this lasts.
+        """
+        if self.hparams.train == "lora":
+            with without_lora(self.unet):
+                yield
+            return
+        trained = self.unet
+        start = load_pipeline(self.hparams.pipeline, self.hparams.unet).unet
+        self.unet = start.to(self.device)
+        try:
+            yield
+        finally:
+            self.unet = trained
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimize the adapters or the full U-Net, whichever is trained."""

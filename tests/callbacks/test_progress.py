@@ -1,6 +1,8 @@
 import io
+import itertools
 import re
 import sys
+import time
 from copy import deepcopy
 
 import pytest
@@ -53,6 +55,26 @@ def test_bars_follow_their_reports(tmp_path, monkeypatch):
     module, trainer = fit(tmp_path, monkeypatch, Terminal(), Watching(), max_epochs=1)
     assert module.positions == [(1, 5), (4, 5), (5, 5), ["update"], (1, 3)]
     assert trainer.progress_bar_callback._inner == {}
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_bars(tmp_path, monkeypatch):
+    """tqdm draws, and counts what is left, by the time since it last drew."""
+    now, looks = time.time(), itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: now - 3600 * next(looks))
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+
+    class Slow(Policy):
+        def training_step(self, batch, batch_idx):
+            for done in range(1, 4):
+                time.sleep(0.15)
+                self.report_progress("rollout", done, 3)
+
+    terminal = Terminal()
+    fit(tmp_path, monkeypatch, terminal, Slow(), max_epochs=2)
+    shown = terminal.getvalue()
+    for done in (2, 3):
+        assert re.search(rf"rollout:.* {done}/3 \[00:00<", shown)
+    assert re.search(r"Epoch 1: 100%.* 1/1 \[00:0\d<00:0\d", shown)
 
 
 def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, caplog):

@@ -1,6 +1,3 @@
-import math
-import random
-
 import lightning as L
 import pytest
 import torch
@@ -10,7 +7,6 @@ from tiny import quiet_trainer
 from torch.utils.data import DataLoader
 
 from callbacks import RewardHacking
-from callbacks.reward_hacking import hacked_since
 from datamodules.errors import UserError
 
 
@@ -114,33 +110,3 @@ def test_what_no_validation_logs_is_named(tmp_path):
 def test_settings_that_never_or_always_stop_are_refused(options):
     with pytest.raises(UserError, match="patience and min_rise must be at least 0"):
         RewardHacking(**options)
-
-
-def scores(seed, rate, images=256, epochs=30):
-    """Scores of fixed noise: each image has a threshold, and is right when the rate is above it."""
-    draw = random.Random(seed)
-    thresholds = [draw.random() for _ in range(images)]
-    rates = [rate(e / epochs) for e in range(epochs)]
-    judged = [sum(t < r + draw.gauss(0, 0.02) for t in thresholds) / images for r in rates]
-    return [0.7 + 0.2 * e / epochs + draw.gauss(0, 0.003) for e in range(epochs)], judged
-
-
-def first_stop(rewards, judged, patience=3):
-    for end in range(1, len(rewards) + 1):
-        since = hacked_since(rewards[:end], judged[:end], min_rise=0.005, min_fall=0.05)
-        if since is not None and end - 1 - since >= patience:
-            return end - 1
-    return math.inf
-
-
-def test_a_planted_shortcut_is_found_and_honest_learning_is_not():
-    """The judge rises for a third of the run and then falls, or it rises throughout."""
-
-    def hacked(share):
-        return 0.5 + 0.1 * min(share, 1 / 3) * 3 - 0.4 * max(share - 1 / 3, 0)
-
-    found = [first_stop(*scores(seed, hacked)) for seed in range(20)]
-    alarms = [first_stop(*scores(seed, lambda share: 0.5 + 0.2 * share)) for seed in range(20)]
-    # ten rollouts from the tenth on, where the fall begins, and three of patience
-    assert sum(stop <= 10 + 10 + 3 for stop in found) >= 19
-    assert sum(stop < math.inf for stop in alarms) <= 1

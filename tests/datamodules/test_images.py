@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.annotations import read_annotations
+from datamodules.annotations import GROUND_TRUTH, read_annotations
 from datamodules.errors import UserError
 from datamodules.images import INPUT, find_images, read_image
 
@@ -223,8 +223,11 @@ def test_a_link_that_leaves_the_folder(folder, frame, tmp_path):
     path = folder.images / "ISIC_0000002.jpg"
     path.rename(tmp_path / "private.jpg")
     path.symlink_to(tmp_path / "private.jpg")
-    with pytest.raises(UserError, match=r"1 image\(s\) are links .*ISIC_0000002\.jpg"):
+    with pytest.raises(UserError, match=r"1 image\(s\) are links .*ISIC_0000002\.jpg") as caught:
         find_images(folder.root, frame)
+    table = folder.root / GROUND_TRUTH
+    line = 1 + [row.split(",")[0] for row in table.read_text().splitlines()].index("ISIC_0000002")
+    assert f"(id ISIC_0000002, {table}:{line})" in str(caught.value)
 
 
 def test_missing_images(folder, frame):

@@ -7,7 +7,7 @@ from command_line import ddpo, in_process
 from runs import last
 
 from datamodules.errors import UserError
-from fault_tolerance.settings import differences, is_allowed, settings_of
+from fault_tolerance.settings import commits_of, differences, is_allowed, settings_of
 from lightning_modules.classifier import load_classifier
 
 
@@ -146,3 +146,16 @@ def test_a_pipeline_of_the_hub_counts_by_its_commit(
     with pytest.raises(UserError, match=r"commit of model\.pipeline: 1{40} -> 2{40}") as error:
         in_process(*args, "--trainer.max_epochs=2")
     assert "--resume.allow '[pipeline]'" in str(error.value)
+
+
+def test_pretrained_weights_of_timm_count_by_their_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    settings = {"model.backbone": "efficientnet_b0", "model.pretrained": True}
+    assert commits_of(settings) == {}
+    there = tmp_path / "models--timm--efficientnet_b0.ra_in1k"
+    (there / "snapshots" / ("1" * 40)).mkdir(parents=True)
+    (there / "snapshots" / ("1" * 40) / "model.safetensors").touch()
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("1" * 40)
+    assert commits_of(settings) == {"commit of model.pretrained": "1" * 40}
+    assert commits_of(settings | {"model.pretrained": False}) == {}

@@ -410,8 +410,9 @@ def test_the_reference_is_the_policy_before_training_without_a_copy(make, tmp_pa
     assert trainer.callback_metrics["policy/reference_kl"] > 0
 
 
-def test_validation_says_how_far_the_adapters_have_come(make, tmp_path):
-    policy = make(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sample_batch=3)
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_validation_says_how_far_the_policy_has_come(train, make, tmp_path):
+    policy = make(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sample_batch=3, train=train)
     trainer = fit(policy, tmp_path, prompts(validation_samples_per_prompt=1))
     base = load_pipeline(policy.hparams.pipeline).unet
     batch = next(iter(trainer.datamodule.val_dataloader()))

@@ -1,4 +1,5 @@
 import socket
+import threading
 import time
 
 import pytest
@@ -58,6 +59,7 @@ def test_weights_that_are_not_to_be_had_say_what_would_help(
         raise OSError("no route")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(Unavailable) as why:
         weights.find(None)
@@ -77,6 +79,19 @@ def test_a_server_that_does_not_answer_costs_less_than_five_seconds(empty_cache,
         with pytest.raises(Unavailable, match="timed out"):
             Weights("weights", url, "an option").find(None)
         assert 0.4 < time.monotonic() - start < 2
+
+
+def test_a_name_server_that_does_not_answer_costs_less_than_five_seconds(empty_cache, monkeypatch):
+    """Resolving has no time limit, and a network behind a dead gateway never resolves."""
+    answered = threading.Event()
+    monkeypatch.setattr(feature_networks, "TIMEOUT", 0.5)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(60))
+    start = time.monotonic()
+    with pytest.raises(Unavailable, match="no answer within"):
+        INCEPTION.find(None)
+    answered.set()
+    assert 0.4 < time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("load", [inception_features, lpips_network])
