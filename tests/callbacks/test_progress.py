@@ -72,8 +72,7 @@ def test_a_clock_that_is_set_back_does_not_stop_the_bars(tmp_path, monkeypatch):
     terminal = Terminal()
     fit(tmp_path, monkeypatch, terminal, Slow(), max_epochs=2)
     shown = terminal.getvalue()
-    for done in (2, 3):
-        assert re.search(rf"rollout:.* {done}/3 \[00:00<", shown)
+    assert re.search(r"rollout:.* 2/3 \[00:00<00:0\d", shown)
     assert re.search(r"Epoch 1: 100%.* 1/1 \[00:0\d<00:0\d", shown)
 
 
