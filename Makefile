@@ -45,7 +45,7 @@ base: .venv/installed   ## make the embedded base again (an hour or two) and mea
 	$(PY) -m assets.gates --pipeline assets/base --reader $(BASE)/reader/checkpoints/last.ckpt
 
 test: .venv/installed   ## the test suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 chaos: .venv/installed  ## 200 random faults against tiny runs; CHAOS_SEED=1 takes others
 	CHAOS_TRIALS=200 CHAOS_SEED=$(CHAOS_SEED) $(PY) -m pytest -s tests/fault_tolerance/test_chaos.py

@@ -16,7 +16,10 @@ from lightning_modules.preflight import Epoch, seconds, table
 from lightning_modules.randomness import keys
 from lightning_modules.rollout import Pairs, Rollout, empty_rollout
 
-DRAWN_BY = ("seed", "pipeline", "steps", "eta", "guidance", "sample_batch", "train", "lora_rank")
+DRAWN_BY = (
+    *("seed", "pipeline", "unet", "steps", "eta"),
+    *("guidance", "sample_batch", "train", "lora_rank"),
+)
 
 
 class GuardedPolicy(Policy):

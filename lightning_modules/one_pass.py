@@ -12,6 +12,7 @@ from lightning_modules.ddpo import DDPO
 from lightning_modules.lora import adapter_layers
 from lightning_modules.per_sample import per_sample_gradients
 from lightning_modules.policy_gradient import Means, clipped_policy_loss
+from lightning_modules.preflight import Epoch
 from lightning_modules.rollout import Pairs, Rollout, chosen_steps
 
 
@@ -45,6 +46,13 @@ class OnePassDDPO(DDPO):
     def rollout_batch(self) -> int:
         """Images sampled at a time: each keeps its activations for a backward pass."""
         return min(self.hparams.sample_batch, self.micro_batch)
+
+    def measured(self, epoch: Epoch) -> tuple[float, float]:
+        """Time a denoising step of a batch; those that are trained hold all of the training."""
+        step, training = super().measured(epoch)
+        trained = epoch.trained_steps / epoch.steps
+        both = training * epoch.sample_batch / epoch.micro_batch
+        return trained * both + (1 - trained) * step, 0.0
 
     def rollout(self, batch: dict[str, Any], order: Tensor) -> Rollout:
         """Draw this rank's samples and collect the gradient of each one's log-probs."""

@@ -95,6 +95,9 @@ def test_the_sample_can_be_drawn_again(make, tmp_path):
     other.configure_model()
     with pytest.raises(UserError, match=r"steps=4.*the policy given has steps=5"):
         draw_again(other, file)
+    other = make(unet=again.hparams.pipeline)
+    with pytest.raises(UserError, match=r"unet=None.*the policy given has unet='"):
+        draw_again(other, file)
 
 
 def test_too_many_in_a_row_end_the_run(make, tmp_path):

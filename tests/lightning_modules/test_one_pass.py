@@ -6,6 +6,8 @@ from tiny import RecordedDDPO, flat, prompts, quiet_trainer, tiny_ddpo
 
 from datamodules.errors import UserError
 from lightning_modules import Brightness, OnePassDDPO
+from lightning_modules.guarded_policy import GuardedPolicy
+from lightning_modules.preflight import Epoch
 
 
 class RecordedOnePass(RecordedDDPO, OnePassDDPO):
@@ -82,6 +84,13 @@ def test_the_unet_runs_once_for_each_action(make, tmp_path):
     fit(policy, tmp_path, epochs=1)
     # 16 samples in batches of at most micro_batch, 4 steps, doubled by guidance
     assert policy.runs == [8] * 16
+
+
+def test_the_estimate_has_one_pass_a_step_too(make, monkeypatch):
+    """A step of a batch takes a second, a training pass of half as many pairs six."""
+    monkeypatch.setattr(GuardedPolicy, "measured", lambda *_: (1.0, 6.0))
+    epoch = Epoch(16, 1, 8, 4, 2, 4, 1, 1, 0, on_host=False)
+    assert make(kind=OnePassDDPO).measured(epoch) == ((2 * 12.0 + 2 * 1.0) / 4, 0.0)
 
 
 @pytest.mark.parametrize(
