@@ -147,15 +147,21 @@ class Preemption(Callback):
         if trainer.state.fn != TrainerFn.FITTING or self._is_long(trainer):
             self.safe_point(trainer)
 
-    def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Safe point."""
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Safe point, once each process has had its turn: samples are drawn at the same time."""
         reach("test")
-        self.safe_point(trainer)
+        if batch_idx % trainer.world_size == 0:
+            self.safe_point(trainer)
 
-    def on_predict_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Safe point."""
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Safe point, as in a test."""
         reach("predict")
-        self.safe_point(trainer)
+        if batch_idx % trainer.world_size == 0:
+            self.safe_point(trainer)
 
     def safe_point(self, trainer: L.Trainer) -> None:
         """Leave if any process was asked to; each process has to come here as often."""

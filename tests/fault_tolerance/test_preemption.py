@@ -1,9 +1,15 @@
 import signal
+import time
 from functools import partial
 
+import lightning as L
 import pytest
 from forked import forked, forked_ranks
 from runs import differing, everything, fit, fit_on_two, last
+from tiny import quiet_trainer
+from torch.utils.data import DataLoader
+
+from fault_tolerance.preemption import Preemption
 
 SECONDS_TO_END = 15.0
 
@@ -88,6 +94,36 @@ def test_what_no_checkpoint_holds_yet_is_saved(
     monkeypatch.delenv("FAULT")
     assert forked(fit, folder, policy) == 0
     assert differing(everything(folder), undisturbed) == []
+
+
+class DrawsInTurn(L.LightningModule):
+    """Draws every second batch, and asks for company: the other process has to draw as well."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx % 2 != self.global_rank:
+            return
+        (self.folder / f"{batch_idx}").touch()
+        other, until = self.folder / f"{batch_idx ^ 1}", time.monotonic() + 20
+        while not other.exists():
+            assert time.monotonic() < until, f"no process draws {other.name} beside {batch_idx}"
+            time.sleep(0.01)
+
+    test_step = predict_step
+
+
+@pytest.mark.parametrize("job", ["predict", "test"])
+def test_no_process_waits_while_another_draws(tmp_path, job):
+    def draw():
+        options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+        trainer = quiet_trainer(tmp_path, callbacks=[Preemption()], **options)
+        getattr(trainer, job)(DrawsInTurn(tmp_path), DataLoader(range(6)))
+
+    assert forked_ranks(draw) == [0, 0]
+    assert len(list(tmp_path.glob("[0-5]"))) == 6
 
 
 def test_a_second_signal_leaves_at_once_and_whole(policy, undisturbed, tmp_path, monkeypatch):
