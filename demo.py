@@ -85,18 +85,21 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
 def execute(name: str, commands: list[list[str]], run: Path) -> float:
     """Run one stage and return its wall seconds; a stage that fails ends the demo.
 
-    Of commands that run at the same time the first has the terminal, the others a file each.
+    Of commands that run at the same time each has one thread; the first has the terminal, the
+    others a file each.
     """
     started, running = time.monotonic(), []
+    variables = {"DEMO": str(run)} | ({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})
     for number, command in enumerate(commands):
         log = run / f"{name} {number + 1}.log".replace(" ", "_") if number else None
-        typed = f"DEMO={run} python {shlex.join(command)}{f' > {log}' if log else ''}"
-        print(f"\n[{name}] $ {typed}", flush=True)
+        typed = " ".join([*(f"{k}={v}" for k, v in variables.items()), "python"])
+        into = f" > {log}" if log else ""
+        print(f"\n[{name}] $ {typed} {shlex.join(command)}{into}", flush=True)
         with log.open("w") if log else nullcontext() as output:
             running.append(
                 subprocess.Popen(
                     [sys.executable, *command],
-                    env={**os.environ, "DEMO": str(run)},
+                    env=os.environ | variables,
                     stdout=output,
                     stderr=output and subprocess.STDOUT,
                 )
