@@ -6,9 +6,9 @@
     runs/benchmarks/trl/bin/python -m benchmarks.trl_ddpo PIPELINE_DIR
 
 The trainer is TRL's, unedited. It standardises the rewards over the whole batch, which is what
-`baseline: group` does with a single prompt, as here. With `--same-draws` it is given the noise and
-the first adapters that `benchmarks.ddpo` has for the same seed, so that the two runs differ in
-nothing but the code.
+`baseline: group` does with a single prompt, as here. With `--same-draws` it is given the noise, the
+first adapters and the order of the samples that `benchmarks.ddpo` has for the same seed, so that
+the two runs differ in nothing but the code.
 """
 
 import argparse
@@ -36,6 +36,19 @@ class TimedTrainer(DDPOTrainer):
 
     watch: Stopwatch
     noise: "SampleNoise | None" = None
+
+    def step(self, *args: Any) -> int:
+        """Take an epoch; with our draws, its updates take the samples in our order."""
+        if self.noise:
+            shuffle = torch.randperm
+
+            def our_order(samples: int, **_: Any) -> Tensor:
+                # TRL shuffles the samples first, and then each one's steps, of which all are taken
+                torch.randperm = shuffle
+                return self.noise.order(samples)
+
+            torch.randperm = our_order
+        return super().step(*args)
 
     def _generate_samples(self, iterations: int, batch_size: int) -> Any:
         samples, images = [], []
@@ -68,6 +81,11 @@ class SampleNoise:
         """Begin a batch."""
         keys = self.randomness["keys"](self.seed, "rollout", self.epoch, torch.tensor(samples))
         self.generators = [self.randomness["generator"](key) for key in keys.tolist()]
+
+    def order(self, samples: int) -> Tensor:
+        """Return the order in which an epoch's samples are trained."""
+        key = self.randomness["key"](self.seed, "order", self.epoch)
+        return torch.randperm(samples, generator=self.randomness["generator"](key))
 
     def draw(self, shape: tuple, generator: Any = None, **options: Any) -> Tensor:
         """Draw for a batch, `(B, ...)`, each sample from its own generator."""
@@ -105,7 +123,7 @@ def config(options: argparse.Namespace) -> DDPOConfig:
 def main() -> None:
     """Run and print the figures as one JSON object."""
     parser = ddpo_parser("DDPO of TRL 0.23.0, timed")
-    parser.add_argument("--same-draws", action="store_true", help="noise and adapters of ours")
+    parser.add_argument("--same-draws", action="store_true", help="noise, adapters, order of ours")
     options = parsed(parser)
     PartialState(cpu=options.device == "cpu")
     earned: list[float] = []

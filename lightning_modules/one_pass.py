@@ -26,14 +26,15 @@ class OnePassDDPO(DDPO):
     of float sums. Samples that turn out to have no advantage have cost a backward pass, which DDPO
     would have saved: where most groups are tied, DDPO may be the faster one.
 
-    Wants `train: lora`, one update and one inner epoch, guidance in training as in sampling, and no
-    penalty on the divergence. A batch of samples is at most `micro_batch`.
+    Wants `train: lora`, one update and one inner epoch, guidance in training as in sampling, no
+    penalty on the divergence and no `compile`. A batch of samples is at most `micro_batch`.
     """
 
     def __init__(self, *args: Any, updates: int = 1, **options: Any) -> None:
         super().__init__(*args, updates=updates, **options)
         wanted = {"train": "lora", "updates": 1, "inner_epochs": 1, "kl_weight": 0.0}
-        wanted |= {"guidance_in_training": True, "old_log_probs": "rollout"}
+        # compiled code would be made anew for each batch, whose collectors are its own
+        wanted |= {"guidance_in_training": True, "old_log_probs": "rollout", "compile": None}
         wrong = [f"{k}={self.hparams[k]!r}" for k, v in wanted.items() if self.hparams[k] != v]
         if wrong:
             allowed = ", ".join(f"{name}: {value}" for name, value in wanted.items())

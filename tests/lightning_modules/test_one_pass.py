@@ -100,6 +100,7 @@ def test_the_estimate_has_one_pass_a_step_too(make, monkeypatch):
         ({"updates": 2}, "updates=2"),
         ({"inner_epochs": 2}, "inner_epochs=2"),
         ({"kl_weight": 0.1}, r"kl_weight=0\.1"),
+        ({"compile": "inductor"}, "compile='inductor'"),
         ({"guidance_in_training": False, "old_log_probs": "training"}, "guidance_in_training"),
     ],
 )
