@@ -49,8 +49,8 @@ def step(folder, name, *options):
         "--trainer.max_epochs=1", "--trainer.limit_train_batches=1",
         "--trainer.limit_val_batches=0", "--trainer.num_sanity_val_steps=0",
         "--trainer.enable_progress_bar=false", "--trainer.logger=false",
-        # no grids: they cost more than the step
-        "--trainer.callbacks=null",
+        # no grids, which cost more than the step, and no checkpoints of 10 GB
+        "--trainer.callbacks=null", "--trainer.enable_checkpointing=false",
     ]  # fmt: skip
     command = [sys.executable, "-c", MEASURED, str(report), *arguments]
     subprocess.run(command, cwd=ROOT, check=True)
