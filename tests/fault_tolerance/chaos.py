@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from forked import forked
-from runs import differing, everything, fit
 from tiny import prompts, quiet_trainer
+from tiny_runs import differing, everything, fit
 
 from callbacks import SampleFolder
 from fault_tolerance.preemption import Preemption

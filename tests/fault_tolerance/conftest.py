@@ -1,6 +1,6 @@
 import pytest
 from forked import forked, forked_ranks
-from runs import everything, fit, fit_on_two, loaded_ddpo
+from tiny_runs import everything, fit, fit_on_two, loaded_ddpo
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from forked import forked_ranks
-from runs import curves, fit_on_two, loaded_ddpo
+from tiny_runs import curves, fit_on_two, loaded_ddpo
 
 from lightning_modules import DDPO, Brightness
 

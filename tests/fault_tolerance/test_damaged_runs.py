@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import Callback
-from runs import EPOCHS, differing, everything, fit
+from tiny_runs import EPOCHS, differing, everything, fit
 
 from fault_tolerance.checkpoint_io import DurableCheckpointIO
 from fault_tolerance.recovery import newest_whole

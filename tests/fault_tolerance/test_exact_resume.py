@@ -6,8 +6,8 @@ import torch
 from command_line import ddpo, in_process, start_process
 from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from runs import curves, differing, everything, fit, fit_on_two, last, loaded_ddpo, trainer_of
 from tiny import distance
+from tiny_runs import curves, differing, everything, fit, fit_on_two, last, loaded_ddpo, trainer_of
 
 from datamodules.dermoscopy import DermoscopyFolder
 from datamodules.isic import ISICDataModule

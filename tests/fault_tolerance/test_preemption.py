@@ -5,8 +5,8 @@ from functools import partial
 import lightning as L
 import pytest
 from forked import forked, forked_ranks
-from runs import differing, everything, fit, fit_on_two, last
 from tiny import quiet_trainer
+from tiny_runs import differing, everything, fit, fit_on_two, last
 from torch.utils.data import DataLoader
 
 from fault_tolerance.preemption import Preemption

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from command_line import ddpo, in_process
-from runs import last
+from tiny_runs import last
 
 from datamodules.errors import UserError
 from fault_tolerance.settings import commits_of, differences, is_allowed, settings_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import ddpo, start_process
 from forked import forked_ranks
-from runs import fit
+from tiny_runs import fit
 
 from datamodules.errors import UserError
 from fault_tolerance.watchdog import Watchdog
