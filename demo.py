@@ -96,17 +96,19 @@ def execute(name: str, commands: list[list[str]], run: Path) -> float:
         into = f" > {log}" if log else ""
         print(f"\n[{name}] $ {typed} {shlex.join(command)}{into}", flush=True)
         with log.open("w") if log else nullcontext() as output:
-            running.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    env=os.environ | variables,
-                    stdout=output,
-                    stderr=output and subprocess.STDOUT,
-                )
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | variables,
+                stdout=output,
+                stderr=output and subprocess.STDOUT,
             )
-    failed = [process.args for process in running if process.wait()]
+        running.append((process, log))
+    failed = [(process.args, log) for process, log in running if process.wait()]
+    for command, log in failed:
+        why = f" (why: {log})" if log else ""
+        print(f"\n[{name}] failed{why}: {shlex.join(command)}", file=sys.stderr)
     if failed:
-        sys.exit(f"\n[{name}] failed: {shlex.join(failed[0])}\nTo go on: make demo")
+        sys.exit("To go on: make demo")
     return time.monotonic() - started
 
 
