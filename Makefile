@@ -13,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 PY = .venv/bin/python
 BASE = runs/base
 
-.PHONY: help demo report test chaos lint base
+.PHONY: help demo report test chaos lint base base-decoder base-unet
 help:               ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
@@ -37,12 +37,16 @@ report: .venv/installed   ## the paper's tables and figures, after `make demo`
 base: .venv/installed   ## make the embedded base again (an hour or two) and measure its gates
 	test -d $(BASE)/isic || $(PY) -m datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2
 	test -d $(BASE)/start || $(PY) -m assets.build --folder $(BASE)/start --images $(BASE)/isic/ISIC_2019_Training_Input
-	$(PY) run.py fit --config base/perceptual.yaml
-	$(PY) run.py fit --config base/autoencoder.yaml
-	$(PY) run.py fit --config base/unet.yaml
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 base-decoder base-unet
 	$(PY) -m assets.assemble --unet $(BASE)/unet/pipeline --autoencoder $(BASE)/autoencoder/pipeline --images $(BASE)/isic/ISIC_2019_Training_Input --folder assets/base
 	$(PY) run.py fit --config base/reader.yaml
 	$(PY) -m assets.gates --pipeline assets/base --reader $(BASE)/reader/checkpoints/last.ckpt
+
+base-decoder:
+	$(PY) run.py fit --config base/perceptual.yaml
+	$(PY) run.py fit --config base/autoencoder.yaml
+base-unet:
+	$(PY) run.py fit --config base/unet.yaml
 
 test: .venv/installed   ## the test suite
 	$(PY) -m pytest -n 2 --dist loadfile

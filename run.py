@@ -214,6 +214,10 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(Resume, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CommandLine":
+        """Stay one: the averaged copy of a model knows the command line by its optimizer."""
+        return self
+
     def before_instantiate_classes(self) -> None:
         """Claim the run folder while nothing is built yet."""
         if self.subcommand != "describe" and rank_zero_only.rank == 0:

@@ -133,6 +133,8 @@ class StableDiffusion(TextToImage):
     def configure_optimizers(self) -> Any:
         """Optimize the U-Net; a schedule is stepped with it."""
         optimizer = self.optimizer([p for p in self.unet.parameters() if p.requires_grad])
+        # Lightning clips no gradients that a fused step would unscale itself: let it unscale them
+        optimizer._step_supports_amp_scaling = False
         if self.lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}

@@ -142,19 +142,24 @@ def test_describe_prints_the_tables(capsys, isic):
 def tiny_options(name, pipeline, classifiers, isic):
     """Options that make a shipped configuration run in seconds."""
     kind = name.rpartition("/")[2]
-    if kind in ("classifier.yaml", "judge.yaml"):
-        backbone = "test_resnet" if kind == "judge.yaml" else "test_efficientnet"
+    images = [
+        f"--data.root={isic}", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0",
+    ]  # fmt: skip
+    if kind in ("classifier.yaml", "judge.yaml", "perceptual.yaml", "reader.yaml"):
+        backbone = "test_resnet" if kind in ("judge.yaml", "reader.yaml") else "test_efficientnet"
         return [
             f"--model.backbone={backbone}", "--model.pretrained=false", "--model.image_size=32",
-            f"--data.root={isic}", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0",
-            "--data.copies=copies" if "demo" not in name else "--data.copies=null",
+            *images, f"--data.copies={'null' if '/' in name else 'copies'}",
+        ]  # fmt: skip
+    if kind == "autoencoder.yaml":
+        return [
+            f"--model.pipeline={pipeline}", f"--model.perceptual={classifiers['reward']}", *images,
+            "--trainer.val_check_interval=2",
         ]  # fmt: skip
     sampled = [f"--model.pipeline={pipeline}", "--model.steps=2"]
-    if kind == "sd.yaml":
-        return [
-            *sampled, f"--data.root={isic}", "--data.size=16", "--data.batch_size=8",
-            "--data.num_workers=0", "--trainer.precision=32-true",
-        ]  # fmt: skip
+    if kind in ("sd.yaml", "unet.yaml"):
+        cache = ["--model.cache=cache"] if kind == "unet.yaml" else []
+        return [*sampled, *images, *cache]
     return [
         *ddpo("run", pipeline, classifiers)[4:6], *sampled, f"--model.judge={classifiers['judge']}",
         "--data.samples_per_epoch=32", "--data.validation_samples_per_prompt=1",
@@ -165,7 +170,7 @@ def tiny_options(name, pipeline, classifiers, isic):
 SHIPPED = [
     str(path.relative_to(CONFIGS))
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.parent.name != "base" and path.stem != "attributes"
+    if path.stem != "attributes"
 ]
 
 
