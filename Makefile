@@ -34,7 +34,7 @@ report: .venv/installed   ## the paper's tables and figures, after `make demo`
 	OMP_NUM_THREADS=1 $(PY) table4.py --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--data.num_workers=0", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
 	$(PY) run.py report $(RUN)
 
-base: .venv/installed   ## make the embedded base again (an hour or two) and measure its gates
+base: .venv/installed   ## make the embedded base again (half an hour) and measure its gates
 	test -d $(BASE)/isic || $(PY) -m datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2
 	test -d $(BASE)/start || $(PY) -m assets.build --folder $(BASE)/start --images $(BASE)/isic/ISIC_2019_Training_Input
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 base-decoder base-unet
