@@ -52,10 +52,12 @@ class Autoencoder(L.LightningModule):
         """Load the pipeline and the classifier; free the decoder alone."""
         if hasattr(self, "vae"):
             return
-        self.pipeline = load_pipeline(self.hparams.pipeline)
+        # Lightning moves it to the GPU, and would have it built there
+        with torch.device("cpu"):
+            self.pipeline = load_pipeline(self.hparams.pipeline)
+            self.perceptual = Frozen(load_classifier(self.hparams.perceptual))
         self.vae = self.pipeline.vae
         self.vae.decoder.requires_grad_(True)
-        self.perceptual = Frozen(load_classifier(self.hparams.perceptual))
         omit_frozen(self)
 
     def configure_optimizers(self) -> Any:

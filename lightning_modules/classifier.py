@@ -78,10 +78,14 @@ class AttributeClassifier(L.LightningModule):
             return
         fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         pretrained = self.pretrained if fitting else False
-        self.network = build_backbone(self.backbone, pretrained, len(self.attributes), self.dropout)
-        config = resolve_model_data_config(self.network)
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+        # Lightning moves it to the GPU, and would have it built and drawn there
+        with torch.device("cpu"):
+            self.network = build_backbone(
+                self.backbone, pretrained, len(self.attributes), self.dropout
+            )
+            config = resolve_model_data_config(self.network)
+            self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+            self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer with its schedule, stepped once per optimizer step."""

@@ -73,16 +73,15 @@ class Policy(PolicyEvaluation, TextToImage):
             needs.append(Need(self.hparams.policy, "the trained policy", made_by))
         return needs
 
-    def configure_model(self) -> None:
-        """Load the pipeline, the reward's networks and the judge; done once."""
-        if not hasattr(self, "unet"):
-            super().configure_model()
-            self.load_scorers()
-            self.divergence = MeanMetric()
-            if self.hparams.gradient_checkpointing:
-                self.unet.enable_gradient_checkpointing()
-            if self.hparams.compile:
-                self.unet.compile(backend=self.hparams.compile)
+    def load_networks(self) -> None:
+        """Load the pipeline, the reward's networks and the judge."""
+        super().load_networks()
+        self.load_scorers()
+        self.divergence = MeanMetric()
+        if self.hparams.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if self.hparams.compile:
+            self.unet.compile(backend=self.hparams.compile)
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""

@@ -29,8 +29,13 @@ class TextToImage(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the pipeline and take it apart; done once."""
-        if hasattr(self, "unet"):
-            return
+        if not hasattr(self, "unet"):
+            # Lightning moves it to the GPU, and would have it built and drawn there
+            with torch.device("cpu"):
+                self.load_networks()
+
+    def load_networks(self) -> None:
+        """Load the pipeline and take it apart."""
         pipeline = load_pipeline(self.hparams.pipeline, self.hparams.unet)
         self.tokenizer = pipeline.tokenizer
         self.text_encoder = Frozen(pipeline.text_encoder)

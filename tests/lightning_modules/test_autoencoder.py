@@ -50,6 +50,13 @@ def loader(images: Tensor) -> DataLoader:
     return DataLoader([{"image": image} for image in images], batch_size=8)
 
 
+def test_the_networks_are_built_on_the_cpu_whatever_the_default_device(pipeline, classifier):
+    module = Autoencoder(pipeline, classifier)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+
 def fit(module: Autoencoder, images: Tensor, root: Path, steps: int = 12) -> L.Trainer:
     trainer = L.Trainer(
         max_steps=steps,

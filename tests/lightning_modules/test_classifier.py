@@ -135,6 +135,13 @@ def test_judge_has_the_four_artifact_heads_and_their_targets():
     assert judge.targets({"condition": condition}).tolist() == [[1, 0, 1, 0]]
 
 
+def test_the_network_is_built_on_the_cpu_whatever_the_default_device():
+    module = AttributeClassifier(**TINY)
+    with torch.device("meta"):
+        module.configure_model()
+    assert {t.device.type for t in (*module.parameters(), module.mean, module.std)} == {"cpu"}
+
+
 def test_normalises_with_the_means_of_the_backbone():
     module = AttributeClassifier(**TINY).eval()
     module.configure_model()
