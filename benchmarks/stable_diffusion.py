@@ -19,7 +19,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,10 +162,10 @@ def our_loop(
     return clock.ends
 
 
-def rates(ends: Times, batch_size: int) -> dict[str, float]:
+def rates(loops: list[Times], batch_size: int) -> dict[str, float]:
     """Return images a second by wall and by CPU time: the median step, the first ones left out."""
-    steps = [end - start for start, end in pairwise(ends)]
-    wall, cpu = zip(*steps[WARM_UP:], strict=True)
+    steps = [[end - start for start, end in pairwise(ends)][WARM_UP:] for ends in loops]
+    wall, cpu = zip(*chain.from_iterable(steps), strict=True)
     return {
         "images_per_second": round(batch_size / statistics.median(wall), 3),
         "images_per_cpu_second": round(batch_size / max(statistics.median(cpu), 1e-9), 3),
@@ -192,6 +192,7 @@ def compare(
     num_workers: int = 0,
     precision: Precision = "32-true",
     steps: int = 12,
+    rounds: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure the script's loop, ours without a cache, and ours with one.
@@ -206,6 +207,7 @@ def compare(
         num_workers: Processes that read images; 0 counts reading among the CPU seconds.
         precision: Of both.
         steps: Steps of each loop; the first two are not counted.
+        rounds: How often the three loops run in turn, for a machine that others slow down.
         seed: Of the weights that start at random, and of the data's order.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -218,16 +220,18 @@ def compare(
         made.setup("fit")
         return made
 
+    loops: dict[str, list[Times]] = {"diffusers_script": [], "ours": [], "ours_cached": []}
     with tempfile.TemporaryDirectory() as cache:
-        ours = (pipeline, data(), train, precision, steps)
-        measured = {
-            "diffusers_script": rates(script_loop(*ours), batch_size),
-            "ours": rates(our_loop(*ours, cache=None), batch_size),
-            "ours_cached": rates(our_loop(*ours, cache=str(Path(cache))), batch_size),
-        }
+        for _ in range(rounds):
+            ours = (pipeline, data(), train, precision, steps)
+            loops["diffusers_script"].append(script_loop(*ours))
+            loops["ours"].append(our_loop(*ours, cache=None))
+            loops["ours_cached"].append(our_loop(*ours, cache=str(Path(cache))))
+    measured = {name: rates(times, batch_size) for name, times in loops.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     settings = {"pipeline": pipeline, "size": size, "train": train, "batch_size": batch_size}
-    settings |= {"precision": precision, "steps": steps, "num_workers": num_workers}
+    settings |= {"precision": precision, "steps": steps, "rounds": rounds}
+    settings |= {"num_workers": num_workers}
     settings |= {"device": device, "threads": torch.get_num_threads()}
     return {"settings": settings, "measured": measured, "times_the_script": ratios(measured)}
 
