@@ -76,7 +76,7 @@ def test_fine_tuning(made, train):
     step(
         made, f"sd {train}", "--config=sd.yaml", *data(made), f"--model.train={train}",
         f"--model.pipeline={made / 'pipeline'}", "--model.cache=null", "--data.batch_size=1",
-        "--model.gradient_checkpointing=true", "--trainer.precision=32-true",
+        "--model.gradient_checkpointing=true",
     )  # fmt: skip
 
 

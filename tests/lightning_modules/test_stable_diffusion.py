@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from fine_tuning import SGD, Captioned, adamw, fit, images_of, module, unet_of
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
 from tiny import distance, flat, state_of
 
 from callbacks import Export
@@ -97,14 +96,13 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(
         assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fused_optimizer_takes_the_same_clipped_steps(tiny_pipeline, tmp_path, precision):
     def weights(fused):
-        half = MixedPrecision(precision, "cpu") if precision != "32-true" else None
-        # plain momentum: AdamW would not see that a gradient was left unscaled or unclipped
+        # plain momentum: the steps of AdamW would be as long with gradients left unclipped
         sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=fused)
         model = module(tiny_pipeline, optimizer=sgd)
-        fit(model, tmp_path, plugins=half, gradient_clip_val=0.1)
+        fit(model, tmp_path, precision=precision, gradient_clip_val=0.1)
         return state_of(model)
 
     fused = weights(fused=True)
