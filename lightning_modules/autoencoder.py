@@ -52,7 +52,7 @@ class Autoencoder(L.LightningModule):
         """Load the pipeline and the classifier; free the decoder alone."""
         if hasattr(self, "vae"):
             return
-        # Lightning moves it to the GPU, and would have it built there
+        # here Lightning makes the GPU the default device, and it moves the networks later
         with torch.device("cpu"):
             self.pipeline = load_pipeline(self.hparams.pipeline)
             self.perceptual = Frozen(load_classifier(self.hparams.perceptual))

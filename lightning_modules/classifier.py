@@ -78,7 +78,7 @@ class AttributeClassifier(L.LightningModule):
             return
         fitting = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         pretrained = self.pretrained if fitting else False
-        # Lightning moves it to the GPU, and would have it built and drawn there
+        # here Lightning makes the GPU the default device, and it moves the networks later
         with torch.device("cpu"):
             self.network = build_backbone(
                 self.backbone, pretrained, len(self.attributes), self.dropout

@@ -30,7 +30,7 @@ class TextToImage(L.LightningModule):
     def configure_model(self) -> None:
         """Load the pipeline and take it apart; done once."""
         if not hasattr(self, "unet"):
-            # Lightning moves it to the GPU, and would have it built and drawn there
+            # here Lightning makes the GPU the default device, and it moves the networks later
             with torch.device("cpu"):
                 self.load_networks()
 

@@ -147,9 +147,10 @@ def tiny_options(name, pipeline, classifiers, isic):
     ]  # fmt: skip
     if kind in ("classifier.yaml", "judge.yaml", "perceptual.yaml", "reader.yaml"):
         backbone = "test_resnet" if kind in ("judge.yaml", "reader.yaml") else "test_efficientnet"
+        copies = "null" if name.startswith(("demo/", "base/")) else "copies"
         return [
             f"--model.backbone={backbone}", "--model.pretrained=false", "--model.image_size=32",
-            *images, f"--data.copies={'null' if '/' in name else 'copies'}",
+            *images, f"--data.copies={copies}",
         ]  # fmt: skip
     if kind == "autoencoder.yaml":
         return [
