@@ -23,7 +23,7 @@ help:               ## list the targets
 	touch $@
 
 demo: .venv/installed   ## every stage at a small size, in minutes on a laptop
-	$(PY) demo.py --seed $(SEED) --run $(RUN)
+	$(PY) -m rl4med_ddpo.experiments.demo --seed $(SEED) --run $(RUN)
 
 # on two cores: each process of `test` and each arm of Table 4 computes on one thread
 TEST = OMP_NUM_THREADS=1 DEMO=$(RUN) $(PY) run.py test --config demo/ddpo.yaml --seed_everything $(SEED) --trainer.devices 2 --trainer.strategy ddp
@@ -31,16 +31,16 @@ TEST = OMP_NUM_THREADS=1 DEMO=$(RUN) $(PY) run.py test --config demo/ddpo.yaml -
 report: .venv/installed   ## the paper's tables and figures, after `make demo`
 	test -f $(RUN)/sd/results/leakage.csv || $(TEST) --model.policy null --trainer.default_root_dir $(RUN)/sd
 	test -f $(RUN)/ddpo/results/leakage.csv || $(TEST)
-	OMP_NUM_THREADS=1 $(PY) table4.py --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--data.num_workers=0", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
+	OMP_NUM_THREADS=1 $(PY) -m rl4med_ddpo.experiments.table_4 --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--data.num_workers=0", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
 	$(PY) run.py report $(RUN)
 
 base: .venv/installed   ## make the embedded base again (half an hour) and measure its gates
-	test -d $(BASE)/isic || $(PY) -m datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2
-	test -d $(BASE)/start || $(PY) -m assets.build --folder $(BASE)/start --images $(BASE)/isic/ISIC_2019_Training_Input
+	test -d $(BASE)/isic || $(PY) -m rl4med_ddpo.datamodules.dermoscopy --root $(BASE)/isic --images 20000 --seed 1 --label_recall 1 --combinations balanced --workers 2
+	test -d $(BASE)/start || $(PY) -m rl4med_ddpo.base_pipeline.build --folder $(BASE)/start --images $(BASE)/isic/ISIC_2019_Training_Input
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 base-decoder base-unet
-	$(PY) -m assets.assemble --unet $(BASE)/unet/pipeline --autoencoder $(BASE)/autoencoder/pipeline --images $(BASE)/isic/ISIC_2019_Training_Input --folder assets/base
+	$(PY) -m rl4med_ddpo.base_pipeline.assemble --unet $(BASE)/unet/pipeline --autoencoder $(BASE)/autoencoder/pipeline --images $(BASE)/isic/ISIC_2019_Training_Input --folder assets/base
 	$(PY) run.py fit --config base/reader.yaml
-	$(PY) -m assets.gates --pipeline assets/base --reader $(BASE)/reader/checkpoints/last.ckpt
+	$(PY) -m rl4med_ddpo.base_pipeline.acceptance --pipeline assets/base --reader $(BASE)/reader/checkpoints/last.ckpt
 
 base-decoder:
 	$(PY) run.py fit --config base/perceptual.yaml

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Epoch, Stopwatch, now, peak_flops, peak_memory, summary
 from benchmarks.options import PROMPT, ddpo_parser, parsed
-from datamodules.prompts import ISICPromptDataModule
-from lightning_modules import DDPO, Brightness, OnePassDDPO
-from lightning_modules.stages import Need
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.lightning_modules import DDPO, Brightness, OnePassDDPO
+from rl4med_ddpo.lightning_modules.prerequisites import Need
 
 PRECISIONS = {"32": ("32-true", torch.float32), "bf16": ("bf16-mixed", torch.bfloat16)}
 PARTS = ("text", "unet_forward", "backward", "vae", "reward", "rest")

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from assets.full_size import full_size_autoencoder, full_size_text_encoder, full_size_unet
-from lightning_modules.lora import add_lora
+from rl4med_ddpo.base_pipeline.full_size import (
+    full_size_autoencoder,
+    full_size_text_encoder,
+    full_size_unet,
+)
+from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora
 
 FLOAT32, BFLOAT16 = 4, 2
 TRAIN_IMAGES = 12_004

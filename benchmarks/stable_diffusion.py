@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.measure import Seconds, now
-from datamodules.isic import ISICDataModule, ISICDataset
-from lightning_modules import StableDiffusion
-from lightning_modules.lora import add_lora
-from lightning_modules.pipelines import load_pipeline
+from rl4med_ddpo.datamodules.isic import ISICDataModule, ISICDataset
+from rl4med_ddpo.lightning_modules import StableDiffusion
+from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 
 WARM_UP = 2
 Times = list[Seconds]

@@ -3,15 +3,15 @@
     python -m benchmarks.tiny_pipeline runs/benchmarks/tiny
     python -m benchmarks.tiny_pipeline runs/benchmarks/micro --size micro
 
-`python -m assets.full_size` writes one of Stable Diffusion v1.5's shapes.
+`python -m rl4med_ddpo.base_pipeline.full_size` writes one of Stable Diffusion v1.5's shapes.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from assets.build import build_pipeline
-from lightning_modules.pipelines import save_pipeline
+from rl4med_ddpo.base_pipeline.build import build_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
 
 SIZES = {
     # a U-Net of 3.2M parameters, latents of 4x16x16, images of 128 px

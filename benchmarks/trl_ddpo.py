@@ -71,7 +71,7 @@ class SampleNoise:
 
     def __init__(self, seed: int) -> None:
         # by its path: the package wants what this environment has not
-        file = Path(__file__).parents[1] / "lightning_modules" / "randomness.py"
+        file = Path(__file__).parents[1] / "foundation" / "randomness.py"
         self.randomness, self.seed, self.epoch = runpy.run_path(str(file)), seed, 0
         self.generators: list[torch.Generator] = []
         for module in (pipeline_stable_diffusion, modeling_sd_base):

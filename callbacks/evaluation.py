@@ -12,31 +12,32 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from PIL import Image
 
-from callbacks.sample_folder import SampleFolder, settings_of
-from datamodules.attributes import CONDITIONS, PROMPTS
-from datamodules.errors import UserError
-from datamodules.isic import ISICDataModule
-from datamodules.provenance import data_counts, data_provenance
-from datamodules.sample_tables import MANIFEST
-from lightning_modules.extraction import ImageFiles, ImagePairs, extract
-from lightning_modules.feature_networks import (
+from rl4med_ddpo.callbacks.extraction import extract
+from rl4med_ddpo.callbacks.feature_networks import (
     FeatureNetwork,
     Unavailable,
     classifier_features,
     inception_features,
     lpips_network,
-    tensor_hash,
 )
-from metrics.alignment import alignment, leakage, prompt_numbers
-from metrics.copies import thumbnails
-from metrics.distribution import distribution_scores
-from metrics.figures import leakage_figure
-from metrics.intervals import cluster_numbers, clustered_mean
-from metrics.memorization import memorization
-from metrics.pairs import Pairs, draw_pairs
-from metrics.real_images import real_rates
-from metrics.results import RESULTS, versions, write_csv, write_results
-from metrics.sheets import pair_sheet
+from rl4med_ddpo.callbacks.sample_folder import SampleFolder, settings_of
+from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
+from rl4med_ddpo.datamodules.image_files import ImageFiles, ImagePairs
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
+from rl4med_ddpo.datamodules.sample_tables import MANIFEST
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.metrics.alignment import alignment, leakage, prompt_numbers
+from rl4med_ddpo.metrics.copies import thumbnails
+from rl4med_ddpo.metrics.distribution import distribution_scores
+from rl4med_ddpo.metrics.intervals import cluster_numbers, clustered_mean
+from rl4med_ddpo.metrics.memorization import memorization
+from rl4med_ddpo.metrics.pairs import Pairs, draw_pairs
+from rl4med_ddpo.metrics.real_images import real_rates
+from rl4med_ddpo.report.figures import leakage_figure
+from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
+from rl4med_ddpo.report.sheet import pair_sheet
 
 
 class Evaluation(Callback):
@@ -185,7 +186,7 @@ class Evaluation(Callback):
             images, [lambda x: _lpips(network, x)], trainer, self.data.num_workers
         )
         estimate = clustered_mean(distances.double().numpy(), lesions[pairs.real])
-        described = {"network": "LPIPS v0.1, AlexNet", "sha256": tensor_hash(network)}
+        described = {"network": "LPIPS v0.1, AlexNet", "digest": weights_digest(network)}
         return {"value": estimate.value, "interval": estimate.interval, **entry, **described}
 
     def _image_sets(self, manifest: pd.DataFrame) -> dict[str, ImageFiles]:
@@ -214,13 +215,13 @@ class Evaluation(Callback):
             "policy": pl_module.hparams.policy,
             "judge": {
                 "checkpoint": pl_module.hparams.judge,
-                "sha256": tensor_hash(pl_module.judge.module),
+                "digest": weights_digest(pl_module.judge.module),
             },
             "reward": {
                 "class": type(pl_module.reward).__name__,
-                "sha256": tensor_hash(reward.module) if reward else None,
+                "digest": weights_digest(reward.module) if reward else None,
             },
-            "features": {name: n.described["sha256"] for name, n in self.networks.items()},
+            "features": {name: n.described["digest"] for name, n in self.networks.items()},
             "data": data_provenance(self.data) if self.data is not None else None,
             "versions": versions(),
         }

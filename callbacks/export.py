@@ -8,9 +8,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.model_card import model_card
-from fault_tolerance.loading import read_checkpoint
-from metrics.results import METRICS, RESULTS, write_text
+from rl4med_ddpo.foundation.checkpoints import read_checkpoint
+from rl4med_ddpo.foundation.files import write_whole
+from rl4med_ddpo.report.model_card import model_card
+from rl4med_ddpo.report.results import METRICS, RESULTS
 
 CARD_FILE = "README.md"
 
@@ -48,7 +49,7 @@ class Export(Callback):
             self._write_card(pl_module, json.loads(results.read_text()))
 
     def _write_card(self, pl_module: L.LightningModule, results: dict[str, Any] | None) -> None:
-        write_text(self.dirpath / CARD_FILE, model_card(pl_module, results))
+        write_whole(self.dirpath / CARD_FILE, model_card(pl_module, results))
 
     def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = next(

@@ -8,9 +8,9 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.provenance import data_provenance
-from lightning_modules.feature_networks import tensor_hash
-from metrics.results import RESULTS, versions, write_csv, write_results
+from rl4med_ddpo.datamodules.provenance import data_provenance
+from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
 
 PREDICTIONS = "predictions.csv"
 
@@ -85,7 +85,7 @@ class Predictions(Callback):
                 "backbone": pl_module.backbone,
                 "image_size": pl_module.image_size,
                 "attributes": list(pl_module.attributes),
-                "sha256": tensor_hash(pl_module),
+                "digest": weights_digest(pl_module),
                 "extra": extra,
                 "data": data_provenance(data),
                 "versions": versions(),

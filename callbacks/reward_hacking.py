@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStopp
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from datamodules.errors import UserError
-from metrics.figures import curves_over
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.report.figures import curves_over
 
 DISTANCE = "val/sqrt_kl"
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStopp
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from datamodules.errors import UserError
+from rl4med_ddpo.foundation.errors import UserError
 
 
 def windowed_change(rewards: Sequence[float], window: int) -> float:

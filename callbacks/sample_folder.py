@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.sample_png import is_whole, read_row, rows_of, sample_id, write_sample
-from datamodules.errors import UserError
-from datamodules.images import INPUT
-from datamodules.sample_tables import write_tables, write_whole
-from datamodules.tables import name_few
-from lightning_modules.digest import digest, tensors_of
-from lightning_modules.samples import Samples
+from rl4med_ddpo.callbacks.sample_png import is_whole, read_row, rows_of, sample_id, write_sample
+from rl4med_ddpo.datamodules.images import INPUT
+from rl4med_ddpo.datamodules.sample_tables import write_tables
+from rl4med_ddpo.foundation.errors import UserError, name_few
+from rl4med_ddpo.foundation.files import write_whole
+from rl4med_ddpo.foundation.hashes import tensors_of, weights_digest
+from rl4med_ddpo.lightning_modules.samples import Samples
 
 SETTINGS = "settings.json"
 DECIDING = ("seed", "steps", "eta", "guidance", "sample_batch")
@@ -168,14 +168,14 @@ class SampleFolder(Callback):
 
 
 def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-    """Return what decides the images and their scores: the sampler, and each network's digest."""
+    """Return what decides the images and their scores: the sampler and each network's digest."""
     return {
         **{name: module.hparams[name] for name in DECIDING},
         "precision": str(trainer.precision),
         "device": module.device.type,
         "reward": type(module.reward).__name__,
         **{
-            f"digest of {name}": digest(child)
+            f"digest of {name}": weights_digest(child)
             for name, child in module.named_children()
             if any(True for _ in tensors_of(child))
         },

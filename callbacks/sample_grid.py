@@ -11,8 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
-from callbacks.grid import caption_grid
-from datamodules.attributes import (
+from rl4med_ddpo.datamodules.attributes import (
     ARTIFACTS,
     ATTRIBUTES,
     CONDITIONS,
@@ -22,8 +21,9 @@ from datamodules.attributes import (
     prompt_id,
     prompt_of,
 )
-from datamodules.errors import UserError
-from lightning_modules.randomness import keys
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.report.grid import caption_grid
 
 SHOWN = ((), *((a,) for a in ARTIFACTS), ARTIFACTS[:3:2])
 READABLE = tuple(

@@ -13,9 +13,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, prompt_id, short_name
-from datamodules.sample_tables import Row, write_whole
-from lightning_modules.samples import Samples
+from rl4med_ddpo.datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    prompt_id,
+    short_name,
+)
+from rl4med_ddpo.datamodules.sample_tables import Row
+from rl4med_ddpo.foundation.files import write_whole
+from rl4med_ddpo.lightning_modules.samples import Samples
 
 KEY = "sample"
 _DAMAGED = (OSError, SyntaxError, ValueError, KeyError, EOFError, struct.error, zlib.error)

@@ -1,6 +1,6 @@
 """The data modules, by the names that the command line takes."""
 
-from datamodules.isic import ISICDataModule
-from datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 
 __all__ = ["ISICDataModule", "ISICPromptDataModule"]

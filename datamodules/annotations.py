@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, DISEASES
-from datamodules.errors import UserError
-from datamodules.tables import name_few, read_table, to_numbers
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, DISEASES
+from rl4med_ddpo.datamodules.tables import read_table, to_numbers
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 GROUND_TRUTH = "ISIC_2019_Training_GroundTruth.csv"
 METADATA = "ISIC_2019_Training_Metadata.csv"

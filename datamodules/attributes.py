@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.errors import UserError
-from datamodules.vocabulary import DERMOSCOPY, Vocabulary, read_vocabulary
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary, read_vocabulary
+from rl4med_ddpo.foundation.errors import UserError
 
 
 def _chosen() -> Vocabulary:

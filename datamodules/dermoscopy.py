@@ -1,6 +1,6 @@
 """Write a folder of drawn dermoscopic images in the layout and with the tables of ISIC 2019.
 
-    python -m datamodules.dermoscopy --root data/dermoscopy --images 3000
+    python -m rl4med_ddpo.datamodules.dermoscopy --root data/dermoscopy --images 3000
 
 The tables have the form of the official ones down to line endings and suffixed ids, so that
 whatever reads ISIC 2019 reads them. Every image is a function of (seed, number): the same arguments
@@ -21,12 +21,12 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from datamodules.annotations import ARTIFACT_FILES, GROUND_TRUTH, METADATA
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from datamodules.drawing import draw
-from datamodules.errors import UserError
-from datamodules.images import INPUT
-from datamodules.tables import DOWNSAMPLED
+from rl4med_ddpo.datamodules.annotations import ARTIFACT_FILES, GROUND_TRUTH, METADATA
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.datamodules.drawing import draw
+from rl4med_ddpo.datamodules.images import INPUT
+from rl4med_ddpo.datamodules.tables import DOWNSAMPLED
+from rl4med_ddpo.foundation.errors import UserError
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 OTHER_ARTIFACTS = ("dark_corner", "gel_border", "patches", "vasc")

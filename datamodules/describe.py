@@ -4,10 +4,16 @@ from itertools import compress
 
 import pandas as pd
 
-from datamodules.annotations import Annotations
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES, VOCABULARY
-from datamodules.splits import Splits
-from datamodules.vocabulary import DERMOSCOPY
+from rl4med_ddpo.datamodules.annotations import Annotations
+from rl4med_ddpo.datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    DISEASES,
+    VOCABULARY,
+)
+from rl4med_ddpo.datamodules.splits import Splits
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 
 IS_PAPERS = VOCABULARY == DERMOSCOPY
 TABLE_ORDER = (

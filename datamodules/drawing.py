@@ -12,7 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from datamodules.attributes import ATTRIBUTES, DISEASES
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, DISEASES
 
 SUPERSAMPLING = 2
 FAIR, TAN = (236, 196, 176), (206, 158, 130)

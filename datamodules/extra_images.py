@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datamodules.annotations import read_annotations
-from datamodules.attributes import ATTRIBUTES, CONDITIONS, short_name
-from datamodules.errors import UserError
-from datamodules.tables import name_few
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, short_name
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 REAL = "train"
 KEYS = [tuple(int(on) for on in condition) for condition in CONDITIONS.tolist()]

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from datamodules.errors import UserError
-from datamodules.tables import DOWNSAMPLED, IMAGE_SUFFIXES, name_few
+from rl4med_ddpo.datamodules.tables import DOWNSAMPLED, IMAGE_SUFFIXES
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 Resize = Literal["squash", "crop"]
 
@@ -102,6 +102,11 @@ def read_image(path: Path, size: int, resize: Resize = "squash") -> Tensor:
         upright = upright.crop((left, top, left + side, top + side))
     square = upright.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+
+def to_eight_bits(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to uint8, as PNG stores them."""
+    return (images * 255).round().byte()
 
 
 def _index(folder: Path) -> dict[str, os.DirEntry[str]]:

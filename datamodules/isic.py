@@ -12,17 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datamodules.annotations import Annotations, read_annotations
-from datamodules.damaged import require_decodable
-from datamodules.describe import describe
-from datamodules.errors import UserError
-from datamodules.extra_images import ExtraImages, extra_rows
-from datamodules.images import INPUT, Resize, find_images
-from datamodules.isic_dataset import ISICDataset
-from datamodules.leaks import Leak, find_leaks
-from datamodules.resized import ResizedCopies
-from datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
-from datamodules.splits import Splits, make_splits
+from rl4med_ddpo.datamodules.annotations import Annotations, read_annotations
+from rl4med_ddpo.datamodules.decodable import require_decodable
+from rl4med_ddpo.datamodules.describe import describe
+from rl4med_ddpo.datamodules.extra_images import ExtraImages, extra_rows
+from rl4med_ddpo.datamodules.image_copies import ResizedCopies
+from rl4med_ddpo.datamodules.images import INPUT, Resize, find_images
+from rl4med_ddpo.datamodules.isic_dataset import ISICDataset
+from rl4med_ddpo.datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
+from rl4med_ddpo.datamodules.splits import Splits, make_splits
+from rl4med_ddpo.foundation.errors import UserError
 
 Batch = dict[str, Tensor | list[str]]
 
@@ -144,10 +143,6 @@ class ISICDataModule(LightningDataModule):
         seeded = self.split in ("paper", "lesion")
         split = f"{self.split} (seed {self.split_seed})" if seeded else self.split
         return describe(self.annotations, self.splits, f"> {self.threshold}", split)
-
-    def leaks(self) -> list[Leak]:
-        """Look at all images for what the splits should not share."""
-        return find_leaks(self.splits, {n: self.paths(r) for n, r in self.splits._asdict().items()})
 
     def prepare_data(self) -> None:
         """Make the copies of all splits' images that are not there yet; one process a machine."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.attributes import ATTRIBUTES, prompt_of
-from datamodules.damaged import require_decodable
-from datamodules.distortion import distort
-from datamodules.images import INPUT, Resize, find_images, read_image
-from datamodules.latents import EVERY_FLIP, Flips, LatentCache
-from datamodules.resized import ResizedCopies
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, prompt_of
+from rl4med_ddpo.datamodules.augmentation import distort
+from rl4med_ddpo.datamodules.decodable import require_decodable
+from rl4med_ddpo.datamodules.image_copies import ResizedCopies
+from rl4med_ddpo.datamodules.images import INPUT, Resize, find_images, read_image
+from rl4med_ddpo.datamodules.latents import EVERY_FLIP, Flips, LatentCache
 
 
 class ISICDataset(Dataset[dict[str, Tensor | str]]):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from datamodules.tensor_folder import TensorFolder, key_of
+from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
+from rl4med_ddpo.foundation.hashes import key_of
 
 Flips = tuple[bool, bool]
 """Left-right, up-down."""

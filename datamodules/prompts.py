@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.attributes import ATTRIBUTES, CONDITIONS, PROMPTS, prompt_id, prompt_of
-from datamodules.errors import UserError
-from datamodules.isic import ISICDataModule
-from datamodules.tables import name_few
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, PROMPTS, prompt_id, prompt_of
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 PromptBatch = dict[str, list[str] | Tensor]
 

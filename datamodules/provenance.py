@@ -3,9 +3,9 @@
 import hashlib
 from typing import Any
 
-from datamodules.attributes import ATTRIBUTES
-from datamodules.describe import real_samples, subgroups, table_1
-from datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.datamodules.describe import real_samples, subgroups, table_1
+from rl4med_ddpo.datamodules.isic import ISICDataModule
 
 
 def data_provenance(data: ISICDataModule) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The tables beside drawn samples: ISIC's own three, and a manifest with all that is known."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from datamodules.annotations import GROUND_TRUTH, METADATA
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from datamodules.dermoscopy import CLASSES
+from rl4med_ddpo.datamodules.annotations import GROUND_TRUTH, METADATA
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.datamodules.dermoscopy import CLASSES
+from rl4med_ddpo.foundation.files import write_whole
 
 MANIFEST = "manifest.csv"
 ARTIFACT_FILE = "isic_bias.csv"
@@ -39,13 +39,3 @@ def write_tables(root: Path, rows: Sequence[Row]) -> None:
     diseases = {c: table[c].astype(float) if c in ATTRIBUTES else 0.0 for c in CLASSES}
     truth = images.assign(**diseases).to_csv(index=False, lineterminator="\r\n")
     write_whole(root / GROUND_TRUTH, truth)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it appears whole or not at all, also when the machine fails."""
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

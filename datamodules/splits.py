@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from datamodules.errors import UserError
-from datamodules.tables import name_few, read_table
+from rl4med_ddpo.datamodules.tables import read_table
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 HELD_OUT = 0.15
 """Share of the images that are test, and share of the remaining ones that are validation."""

@@ -3,25 +3,16 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from datamodules.errors import UserError
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 DOWNSAMPLED = "_downsampled"
 _ID = re.compile(r"[A-Za-z0-9_]{1,100}")
-_SHOWN = 3
-
-
-def name_few(things: Iterable[object]) -> str:
-    """Name the first three things and count the rest, for an error message."""
-    things = list(things)
-    shown = ", ".join(str(thing) for thing in things[:_SHOWN])
-    rest = len(things) - _SHOWN
-    return f"{shown} and {rest:,} more" if rest > 0 else shown
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:

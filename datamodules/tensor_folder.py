@@ -2,23 +2,14 @@
 
 import os
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from datamodules.errors import UserError
-
-
-def key_of(*parts: object) -> str:
-    """Hash bytes, or the text of anything else."""
-    hashed = blake2b(digest_size=16)
-    for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode()
-        hashed.update(len(data).to_bytes(8, "big") + data)
-    return hashed.hexdigest()
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.files import write_whole
 
 
 class TensorFolder:
@@ -56,17 +47,12 @@ class TensorFolder:
             UserError: if the folder cannot be written, for want of space or permission.
         """
         path = self._path(key)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        own = f".{os.getpid()}.part"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                file.write(save({"tensor": tensor.contiguous().cpu()}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            write_whole(path, save({"tensor": tensor.contiguous().cpu()}), part=own)
         except OSError as error:
             with suppress(OSError):
-                unfinished.unlink()
+                path.with_name(path.name + own).unlink()
             raise UserError(
                 f"cannot write the cache {self.root}: {error.strerror}.\n"
                 "  Give another folder (--model.cache, --data.copies), or null to do without."

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.errors import UserError
+from rl4med_ddpo.foundation.errors import UserError
 
 MOST = 8
 """Attributes of `any_of`: their subsets double with each one, and each subset is a prompt."""

@@ -12,10 +12,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from datamodules.errors import UserError
-from fault_tolerance.loading import read_checkpoint
-from fault_tolerance.manifest import Manifest, manifest_path, sync_folder, write_manifest
-from fault_tolerance.progress import reach
+from rl4med_ddpo.foundation.checkpoints import read_checkpoint
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.files import sync_folder
+from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, write_manifest
+from rl4med_ddpo.foundation.progress import reach
 
 LAST = "last.ckpt"
 PART = ".part"

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fault_tolerance.checkpoint_io import LAST
-from fault_tolerance.command import resume_command, stand_down
-from fault_tolerance.progress import reach
-from fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.fault_tolerance.checkpoint_io import LAST
+from rl4med_ddpo.fault_tolerance.command import resume_command, stand_down
+from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.foundation.progress import reach
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Rewind = Callable[[dict[str, Any]], None]

@@ -8,15 +8,10 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from datamodules.errors import UserError
-from fault_tolerance.checkpoint_io import PART
-from fault_tolerance.manifest import (
-    Manifest,
-    manifest_path,
-    read_manifest,
-    sha256_of,
-    write_manifest,
-)
+from rl4med_ddpo.fault_tolerance.checkpoint_io import PART
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import sha256_of
+from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, read_manifest, write_manifest
 
 CORRUPT = ".corrupt"
 

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from datamodules.errors import UserError
-from fault_tolerance.manifest import Manifest, manifest_path, read_manifest
-from fault_tolerance.recovery import Found, newest_whole
-from fault_tolerance.settings import commits_of, differences, is_allowed
-from lightning_modules.randomness import key
+from rl4med_ddpo.fault_tolerance.recovery import Found, newest_whole
+from rl4med_ddpo.fault_tolerance.settings import COMMIT, differences, is_allowed
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, read_manifest
+from rl4med_ddpo.foundation.randomness import key
 
 
 class Resume(Callback):
@@ -34,14 +34,16 @@ class Resume(Callback):
         self.changed: dict[str, tuple[Any, Any]] = {}
         self.announced: list[list[dict[str, Any]]] = []
 
-    def start_from(self, trainer: L.Trainer, ckpt_path: str | None) -> str | None:
+    def start_from(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt_path: str | None
+    ) -> str | None:
         """Choose the checkpoint of a `fit`: for `last` the newest whole one, None if there is none.
 
         Raises:
             UserError: if all are damaged, or if the run is no longer the same.
         """
         self.settings["world_size"] = trainer.world_size
-        self.settings |= commits_of(self.settings)
+        self.settings |= _commits_of(pl_module)
         self.found, self.changed = None, {}
         if ckpt_path == "last":
             mend = rank_zero_only.rank == 0
@@ -75,7 +77,7 @@ class Resume(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what was fetched, and the optimizers' settings before they are replaced."""
-        self.settings |= commits_of(self.settings)
+        self.settings |= _commits_of(pl_module)
         self.announced = [
             [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             for o in trainer.optimizers
@@ -122,6 +124,12 @@ class Resume(Callback):
             "between_steps": not (trainer.validating or trainer.sanity_checking),
             "settings": self.settings,
         }
+
+
+def _commits_of(pl_module: L.LightningModule) -> dict[str, str]:
+    """Ask a module for the commits of its hub ids, as far as the hub's cache has them."""
+    commits = getattr(pl_module, "commits", dict)()
+    return {f"{COMMIT}model.{option}": commit for option, commit in commits.items() if commit}
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:

@@ -12,8 +12,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from datamodules.errors import UserError
-from fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.foundation.errors import UserError
 
 PROBE = ".probe"
 LEAST_FREE = 50_000_000

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_tolerance.manifest import sha256_of
-from lightning_modules.backbone import WEIGHTS, pretrained_repo
-from lightning_modules.pipeline_source import cached_commit, is_hub_id
+from rl4med_ddpo.foundation.class_names import with_current_names
+from rl4med_ddpo.foundation.hashes import sha256_of
 
 NEUTRAL = frozenset(
     {
@@ -60,21 +59,9 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def commits_of(settings: dict[str, Any]) -> dict[str, str]:
-    """Name the commits of the model's hub ids, as far as the hub's cache has them."""
-    commits = {
-        COMMIT + key: cached_commit(value)
-        for key, value in settings.items()
-        if key.startswith("model.") and isinstance(value, str) and is_hub_id(value)
-    }
-    if settings.get("model.pretrained") is True:
-        repo = pretrained_repo(settings["model.backbone"])
-        commits[COMMIT + "model.pretrained"] = repo and cached_commit(repo, WEIGHTS)
-    return {key: commit for key, commit in commits.items() if commit}
-
-
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name the settings that both know and that differ, each with both values."""
+    saved = with_current_names(saved)
     return {key: (saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]}
 
 

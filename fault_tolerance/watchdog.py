@@ -18,11 +18,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch.distributed import DistError, TCPStore
 
-from datamodules.errors import UserError
-from fault_tolerance.checkpoint_io import LAST
-from fault_tolerance.command import resume_command, stand_down, started_processes
-from fault_tolerance.progress import progress
-from fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.fault_tolerance.checkpoint_io import LAST
+from rl4med_ddpo.fault_tolerance.command import resume_command, stand_down, started_processes
+from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.progress import progress
 
 BEAT = 0.5
 """Seconds between two signs of life."""

@@ -1,21 +1,20 @@
 """The LightningModules and rewards, by the names that the command line takes."""
 
-from lightning_modules.classifier import AttributeClassifier
-from lightning_modules.ddpo import DDPO
-from lightning_modules.one_pass import OnePassDDPO
-from lightning_modules.rewards import (
-    AttributeMatch,
-    AttributeProbability,
-    Brightness,
-    RewardSum,
-)
-from lightning_modules.stable_diffusion import StableDiffusion
+from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
+from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.one_pass_ddpo import OnePassDDPO
+from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch, AttributeProbability
+from rl4med_ddpo.lightning_modules.rewards.brightness import Brightness
+from rl4med_ddpo.lightning_modules.rewards.reward_sum import RewardSum
+from rl4med_ddpo.lightning_modules.stable_diffusion import StableDiffusion
 
 __all__ = [
     "DDPO",
     "AttributeClassifier",
     "AttributeMatch",
     "AttributeProbability",
+    "Autoencoder",
     "Brightness",
     "OnePassDDPO",
     "RewardSum",

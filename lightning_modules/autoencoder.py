@@ -8,11 +8,16 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from datamodules.errors import UserError
-from lightning_modules.classifier import load_classifier
-from lightning_modules.frozen import Frozen, omit_frozen
-from lightning_modules.pipelines import load_pipeline, save_pipeline
-from lightning_modules.reconstruction import feature_loss, pixel_loss, signal_to_noise
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.diffusion.reconstruction import (
+    feature_loss,
+    pixel_loss,
+    signal_to_noise,
+)
+from rl4med_ddpo.lightning_modules.networks.frozen import Frozen, omit_frozen
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit, is_hub_id
 
 
 class Autoencoder(L.LightningModule):
@@ -59,6 +64,11 @@ class Autoencoder(L.LightningModule):
         self.vae = self.pipeline.vae
         self.vae.decoder.requires_grad_(True)
         omit_frozen(self)
+
+    def commits(self) -> dict[str, str | None]:
+        """Return the commit of a hub id in the hub's cache, by the option that names it."""
+        source = self.hparams.pipeline
+        return {"pipeline": cached_commit(source) if is_hub_id(source) else None}
 
     def configure_optimizers(self) -> Any:
         """Return the decoder's optimizer, with its schedule if there is one."""

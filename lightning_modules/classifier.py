@@ -12,13 +12,23 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from datamodules.attributes import ATTRIBUTES
-from datamodules.errors import UserError
-from fault_tolerance.loading import read_checkpoint
-from lightning_modules.backbone import build_backbone, check_backbone
-from lightning_modules.pos_weight import balanced_weights, given_weights, train_conditions
-from lightning_modules.schedules import warmup_cosine
-from metrics.attribute_scores import AttributeScores
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.foundation.checkpoints import read_checkpoint
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.networks.backbone import (
+    WEIGHTS,
+    build_backbone,
+    check_backbone,
+    pretrained_repo,
+)
+from rl4med_ddpo.lightning_modules.networks.pos_weight import (
+    balanced_weights,
+    given_weights,
+    train_conditions,
+)
+from rl4med_ddpo.lightning_modules.networks.schedules import warmup_cosine
+from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit
+from rl4med_ddpo.metrics.attribute_scores import AttributeScores
 
 Batch = dict[str, Any]
 
@@ -86,6 +96,11 @@ class AttributeClassifier(L.LightningModule):
             config = resolve_model_data_config(self.network)
             self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
             self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+
+    def commits(self) -> dict[str, str | None]:
+        """Return the commit of pretrained weights in the hub's cache, by the option naming them."""
+        repo = pretrained_repo(self.backbone) if self.pretrained is True else None
+        return {"pretrained": cached_commit(repo, WEIGHTS) if repo else None}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer with its schedule, stepped once per optimizer step."""

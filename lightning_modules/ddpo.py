@@ -11,18 +11,28 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from datamodules.attributes import CONDITIONS, short_name
-from lightning_modules.advantages import Advantages, RewardWindow, group_advantages
-from lightning_modules.ddpo_options import clip_pair, require_options
-from lightning_modules.policy_gradient import (
+from rl4med_ddpo.datamodules.attributes import CONDITIONS, short_name
+from rl4med_ddpo.lightning_modules.policy_gradient.advantages import (
+    Advantages,
+    RewardWindow,
+    group_advantages,
+)
+from rl4med_ddpo.lightning_modules.policy_gradient.ddpo_options import clip_pair, require_options
+from rl4med_ddpo.lightning_modules.policy_gradient.loss import (
     Means,
     PolicyLoss,
     clipped_policy_loss,
     require_unit_ratio,
 )
-from lightning_modules.rewards import AttributeMatch, Reward
-from lightning_modules.rollout import Pairs, Rollout, chosen_steps, plan_passes
-from lightning_modules.sampled_policy import SampledPolicy
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
+    Pairs,
+    Rollout,
+    chosen_steps,
+    plan_passes,
+)
+from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
+from rl4med_ddpo.lightning_modules.rewards.base import Reward
+from rl4med_ddpo.lightning_modules.sampled_policy import SampledPolicy
 
 
 class DDPO(SampledPolicy):

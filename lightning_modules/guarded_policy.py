@@ -7,14 +7,22 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from datamodules.errors import UserError
-from lightning_modules.micro_batch import free_memory, largest_micro_batch
-from lightning_modules.non_finite import FOLDER, Fault, SkippedUpdates, write_faults
-from lightning_modules.policy import Policy
-from lightning_modules.policy_gradient import PolicyLoss
-from lightning_modules.preflight import Epoch, seconds, table
-from lightning_modules.randomness import keys
-from lightning_modules.rollout import Pairs, Rollout, empty_rollout
+from rl4med_ddpo.callbacks.preflight import Epoch, seconds, table
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.policy import Policy
+from rl4med_ddpo.lightning_modules.policy_gradient.loss import PolicyLoss
+from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
+    free_memory,
+    largest_micro_batch,
+)
+from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
+    FOLDER,
+    Fault,
+    SkippedUpdates,
+    write_faults,
+)
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs, Rollout, empty_rollout
 
 DRAWN_BY = (
     *("seed", "pipeline", "unet", "steps", "eta"),

@@ -12,16 +12,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from datamodules.errors import UserError
-from lightning_modules.lora import add_lora, load_policy, save_lora, without_lora
-from lightning_modules.pipeline_source import is_hub_id
-from lightning_modules.pipelines import load_pipeline
-from lightning_modules.policy_evaluation import PolicyEvaluation
-from lightning_modules.randomness import keys
-from lightning_modules.ranges import require_in_range
-from lightning_modules.rollout import require_divisible
-from lightning_modules.stages import Need, require
-from lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.diffusion.lora import (
+    add_lora,
+    load_policy,
+    save_lora,
+    without_lora,
+)
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
+from rl4med_ddpo.lightning_modules.policy_evaluation import PolicyEvaluation
+from rl4med_ddpo.lightning_modules.policy_gradient.ranges import require_in_range
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import require_divisible
+from rl4med_ddpo.lightning_modules.prerequisites import Need, require
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 
 
 class Policy(PolicyEvaluation, TextToImage):

@@ -5,17 +5,24 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from datamodules.attributes import ARTIFACTS, PROMPTS, prompt_id
-from datamodules.errors import UserError
-from lightning_modules.classifier import load_classifier
-from lightning_modules.digest import shared_weights
-from lightning_modules.frozen import Frozen
-from lightning_modules.randomness import keys
-from lightning_modules.samples import Samples, draw_anew, filled_rows, to_eight_bits
-from metrics.apr import ArtifactPrevalenceRate
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, PROMPTS, prompt_id
+from rl4med_ddpo.datamodules.images import to_eight_bits
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
+from rl4med_ddpo.lightning_modules.samples import Samples, draw_anew, filled_rows
+from rl4med_ddpo.metrics.apr import ArtifactPrevalenceRate
+
+
+def shared_weights(one: nn.Module, other: nn.Module) -> float:
+    """Return the share of the smaller network's weights that the other has too, bit for bit."""
+    mine, its = ({n: p.detach().cpu() for n, p in net.named_parameters()} for net in (one, other))
+    same = sum(p.numel() for n, p in mine.items() if n in its and torch.equal(p, its[n]))
+    return same / min(sum(p.numel() for p in net.values()) for net in (mine, its))
 
 
 class PolicyEvaluation(L.LightningModule):

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.attributes import prompt_id
-from lightning_modules.ddim import Transition
-from lightning_modules.diversity import group_diversity, layout
-from lightning_modules.guarded_policy import GuardedPolicy
-from lightning_modules.non_finite import Fault
-from lightning_modules.randomness import keys
-from lightning_modules.reward_terms import joined, shares
-from lightning_modules.rollout import (
+from rl4med_ddpo.datamodules.attributes import prompt_id
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
+from rl4med_ddpo.lightning_modules.guarded_policy import GuardedPolicy
+from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import Fault
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     Rollout,
     empty_rollout,
     require_divisible,
     sample_order,
 )
+from rl4med_ddpo.lightning_modules.rewards.base import joined, shares
+from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
 
 
 class SampledPolicy(GuardedPolicy):

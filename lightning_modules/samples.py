@@ -47,11 +47,6 @@ def filled_rows(n: int, multiple: int) -> list[int]:
     return [*range(n), *[n - 1] * (-n % multiple)]
 
 
-def to_eight_bits(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to uint8, as PNG stores them."""
-    return (images * 255).round().byte()
-
-
 def draw_anew(prompt: str, index: int) -> bool:
     """Know of no sample drawn before."""
     return False

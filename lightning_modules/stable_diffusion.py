@@ -9,17 +9,17 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from datamodules.errors import UserError
-from datamodules.isic import ISICDataset
-from datamodules.latents import LatentCache
-from datamodules.tensor_folder import TensorFolder, key_of
-from lightning_modules.digest import digest
-from lightning_modules.latent_filling import MissingVariants, fill
-from lightning_modules.lora import add_lora, merged, save_lora
-from lightning_modules.noise_prediction import min_snr_weights, offset_noise
-from lightning_modules.pipelines import save_pipeline
-from lightning_modules.randomness import generator, key
-from lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.datamodules.isic import ISICDataset
+from rl4med_ddpo.datamodules.latents import LatentCache
+from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import key_of, weights_digest
+from rl4med_ddpo.foundation.randomness import generator, key
+from rl4med_ddpo.lightning_modules.diffusion.latent_filling import MissingVariants, fill
+from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, merged, save_lora
+from rl4med_ddpo.lightning_modules.diffusion.noise_prediction import min_snr_weights, offset_noise
+from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 
 
 class StableDiffusion(TextToImage):
@@ -115,8 +115,8 @@ class StableDiffusion(TextToImage):
                 "makes another image of it in every epoch: set one of them to its default"
             )
         root = Path(self.hparams.cache)
-        self.text_cache = TensorFolder(root / f"text-{digest(self.text_encoder)}")
-        settings = (digest(self.vae), data.size, data.resize, self.trainer.precision)
+        self.text_cache = TensorFolder(root / f"text-{weights_digest(self.text_encoder)}")
+        settings = (weights_digest(self.vae), data.size, data.resize, self.trainer.precision)
         for split in splits:
             latents = LatentCache(root, *settings)
             # a second turn, alone, finds nothing to do unless the ranks do not share the folder

@@ -8,10 +8,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from lightning_modules.ddim import DDIMSchedule, Transition, denoise, initial_latents
-from lightning_modules.frozen import Frozen, omit_frozen
-from lightning_modules.pipelines import load_pipeline, save_pipeline
-from lightning_modules.randomness import generator
+from rl4med_ddpo.foundation.randomness import generator
+from rl4med_ddpo.lightning_modules.diffusion.ddim import (
+    DDIMSchedule,
+    Transition,
+    denoise,
+    initial_latents,
+)
+from rl4med_ddpo.lightning_modules.networks.frozen import Frozen, omit_frozen
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit, is_hub_id
 
 
 def no_progress(phase: str, done: int, total: int) -> None:
@@ -46,6 +52,11 @@ class TextToImage(L.LightningModule):
         self.noise_scheduler = pipeline.scheduler
         self.schedule = DDIMSchedule(pipeline.scheduler, self.hparams.steps, self.hparams.eta)
         self._embeddings: dict[str, Tensor] = {}
+
+    def commits(self) -> dict[str, str | None]:
+        """Return the commit of a hub id in the hub's cache, by the option that names it."""
+        source = self.hparams.pipeline
+        return {"pipeline": cached_commit(source) if is_hub_id(source) else None}
 
     def prepare_unet(self, unet: nn.Module) -> None:
         """Decide which of the U-Net's parameters are trained."""

@@ -6,9 +6,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, DISEASES, PROMPTS, short_name
-from datamodules.describe import TABLE_ORDER
-from metrics.intervals import wilson_interval
+from rl4med_ddpo.datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    DISEASES,
+    PROMPTS,
+    short_name,
+)
+from rl4med_ddpo.datamodules.describe import TABLE_ORDER
+from rl4med_ddpo.metrics.intervals import wilson_interval
 
 KEYS = tuple(tuple(int(on) for on in condition) for condition in CONDITIONS.tolist())
 TABLE_2 = {

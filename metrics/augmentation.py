@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from metrics.intervals import (
+from rl4med_ddpo.metrics.intervals import (
     Interval,
     cluster_numbers,
     holm,

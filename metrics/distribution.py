@@ -7,11 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metrics.diversity import diversity
-from metrics.frechet import frechet_distance, frechet_estimate, moments
-from metrics.intervals import Estimate, clustered_mean
-from metrics.kernel import kernel_estimate
-from metrics.neighbours import neighbourhood_scores
+from rl4med_ddpo.metrics.diversity import diversity
+from rl4med_ddpo.metrics.frechet import frechet_distance, frechet_estimate, moments
+from rl4med_ddpo.metrics.intervals import Estimate, clustered_mean
+from rl4med_ddpo.metrics.kernel import kernel_estimate
+from rl4med_ddpo.metrics.neighbours import neighbourhood_scores
 
 GROUPS = 20
 """Groups of the jackknife."""

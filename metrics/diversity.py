@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metrics.intervals import Estimate, clustered_mean
+from rl4med_ddpo.metrics.intervals import Estimate, clustered_mean
 
 
 def spread(features: Tensor) -> float:

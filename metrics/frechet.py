@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metrics.intervals import Estimate, jackknife_interval
+from rl4med_ddpo.metrics.intervals import Estimate, jackknife_interval
 
 
 class Moments(NamedTuple):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from metrics.frechet import leave_one_group_out
-from metrics.intervals import Estimate
+from rl4med_ddpo.metrics.frechet import leave_one_group_out
+from rl4med_ddpo.metrics.intervals import Estimate
 
 CHUNK = 2048
 

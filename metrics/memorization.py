@@ -7,8 +7,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metrics.copies import CALIBRATION, copy_threshold, nearest
-from metrics.intervals import wilson_interval
+from rl4med_ddpo.metrics.copies import CALIBRATION, copy_threshold, nearest
+from rl4med_ddpo.metrics.intervals import wilson_interval
 
 SHOWN = 20
 

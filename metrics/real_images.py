@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from datamodules.attributes import ARTIFACTS, CONDITIONS, short_name
-from metrics.alignment import exact, prompt_numbers, rate
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS, short_name
+from rl4med_ddpo.metrics.alignment import exact, prompt_numbers, rate
 
 FEW = 30
 

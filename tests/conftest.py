@@ -1,13 +1,14 @@
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import fitted
 
-from assets.build import build_pipeline
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from lightning_modules.pipelines import save_pipeline
+from rl4med_ddpo.base_pipeline.build import build_pipeline
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from support.tiny import fitted
 
 # tiny networks: a second thread costs more than it computes, here and in subprocesses
 torch.set_num_threads(1)
@@ -15,6 +16,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # pytest's own arguments are not the command line's
 warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+
+
+def _real_data(name):
+    folder = Path(os.environ.get("ISIC_TEST_DATA", "")) / name
+    if "ISIC_TEST_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip(f"needs ISIC 2019: set ISIC_TEST_DATA to a folder with {name} in it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def annotations_folder():
+    """The full tables of ISIC 2019 and the authors' split files, without images."""
+    return _real_data("isic-annotations")
+
+
+@pytest.fixture(scope="session")
+def real_folder():
+    """1,240 true images in the official layout."""
+    return _real_data("isic-real")
 
 
 @pytest.fixture(scope="session")

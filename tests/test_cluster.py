@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 import yaml
-from command_line import ROOT, in_process
+
+from support.command_line import ROOT, in_process
 
 CLUSTER = ROOT / "docs" / "cluster"
 

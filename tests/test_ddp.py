@@ -1,14 +1,15 @@
 import pytest
 import torch
-from command_line import as_process, ddpo, in_process
-from forked import forked_ranks
-from tiny import distance
 
-from datamodules.errors import UserError
+from rl4med_ddpo.foundation.errors import UserError
+from support.command_line import as_process, ddpo, in_process
+from support.forked import forked_ranks
+from support.tiny import distance
 
 
 def dump_to(folder):
-    options = f'{{"class_path": "rank_dump.RankDump", "init_args": {{"folder": "{folder}"}}}}'
+    callback = "support.rank_dump.RankDump"
+    options = f'{{"class_path": "{callback}", "init_args": {{"folder": "{folder}"}}}}'
     return f"--trainer.callbacks+={options}"
 
 

@@ -10,20 +10,20 @@ import subprocess
 import sys
 
 import pytest
-from command_line import ROOT
 from lightning import seed_everything
-from tiny import fitted
 
-from assets.full_size import build_full_size
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.base_pipeline.full_size import build_full_size
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from support.command_line import ROOT
+from support.tiny import fitted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 LIMIT = 24 * 2**30
 MEASURED = """
 import json, resource, sys, time
-import run
+import rl4med_ddpo.command_line
 started = time.monotonic()
 run.main(sys.argv[2:])
 kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

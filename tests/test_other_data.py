@@ -9,19 +9,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from command_line import ROOT
 from PIL import Image
 
-from datamodules.attributes import _chosen
-from datamodules.errors import UserError
-from datamodules.vocabulary import DERMOSCOPY, read_vocabulary
+from rl4med_ddpo.datamodules.attributes import _chosen
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, read_vocabulary
+from rl4med_ddpo.foundation.errors import UserError
+from support.command_line import ROOT
 
 ATTRIBUTES = ROOT / "configs" / "chest_xray" / "attributes.yaml"
 FINDINGS = ("effusion", "cardiomegaly", "pneumothorax", "device")
 
 STAGES = """
 import sys
-import run
+import rl4med_ddpo.command_line
 root, out, pipeline = sys.argv[1:]
 data = [f"--data.root={root}", f"--data.table={root}/labels.csv", "--data.images=xrays",
         "--data.split=lesion", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0"]

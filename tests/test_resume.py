@@ -1,7 +1,8 @@
 import pytest
 import torch
-from command_line import ddpo, in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from support.command_line import ddpo, in_process
 
 
 def last(folder):

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from sample_runs import command, contents, times
 
-from callbacks import Evaluation
-from datamodules.dermoscopy import DermoscopyFolder
-from datamodules.errors import UserError
-from lightning_modules.feature_networks import ALEXNET, INCEPTION
-from run import main
+from rl4med_ddpo.callbacks import Evaluation
+from rl4med_ddpo.callbacks.feature_networks import ALEXNET, INCEPTION
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.foundation.errors import UserError
+from support.sample_runs import command, contents, times
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import yaml
-from tiny import prompts, quiet_trainer, tiny_ddpo
 
-from callbacks import Export
-from callbacks.model_card import model_card
+from rl4med_ddpo.callbacks import Export
+from rl4med_ddpo.report.model_card import model_card
+from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 RESULTS = {
     "kind": "samples",

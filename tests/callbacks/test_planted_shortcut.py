@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import prompts, quiet_trainer, tiny_ddpo
 from torch import nn
 
-from callbacks import RewardHacking
-from datamodules.attributes import PROMPTS
-from lightning_modules import DDPO
-from lightning_modules.reward_terms import Rewards
-from lightning_modules.rewards import Reward
+from rl4med_ddpo.callbacks import RewardHacking
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+from rl4med_ddpo.lightning_modules import DDPO
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 SEEDS = range(20)
 ROLLOUTS = 10

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from datamodules.dermoscopy import DermoscopyFolder
-from datamodules.isic import ISICDataModule
-from lightning_modules.classifier import load_classifier
-from run import main
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
 
 
 @pytest.fixture(scope="module")

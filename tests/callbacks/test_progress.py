@@ -7,11 +7,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from policies import Policy, loader, silent, trainer_of
 from torch.utils.data import DataLoader
 
-import callbacks.progress
-from callbacks.progress import InnerProgressBar
+from rl4med_ddpo.callbacks import progress
+from rl4med_ddpo.callbacks.progress import InnerProgressBar
+from support.policies import Policy, loader, silent, trainer_of
 
 
 class Terminal(io.StringIO):
@@ -86,7 +86,7 @@ def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, ca
 
 
 def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(callbacks.progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", "lightning.pytorch"):
         fit(tmp_path, monkeypatch, io.StringIO(), max_epochs=1)
     lines = [r.message for r in caplog.records if r.message.startswith("epoch 1: ")]
@@ -95,7 +95,7 @@ def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, ca
 
 
 def test_a_log_of_a_long_test_says_which_batch(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(callbacks.progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     trainer = trainer_of(tmp_path, InnerProgressBar(), enable_progress_bar=True)
     with caplog.at_level("INFO", "lightning.pytorch"):

@@ -3,11 +3,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import quiet_trainer
 from torch.utils.data import DataLoader
 
-from callbacks import RewardHacking
-from datamodules.errors import UserError
+from rl4med_ddpo.callbacks import RewardHacking
+from rl4med_ddpo.foundation.errors import UserError
+from support.tiny import quiet_trainer
 
 
 class Scripted(L.LightningModule):

@@ -6,8 +6,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks.reward_plateau import RewardPlateau, quiet_epochs
-from datamodules.errors import UserError
+from rl4med_ddpo.callbacks.reward_plateau import RewardPlateau, quiet_epochs
+from rl4med_ddpo.foundation.errors import UserError
 
 NOISE = 0.005  # sd of an epoch's mean reward: 256 samples of sd 0.08
 

@@ -9,7 +9,28 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from sample_runs import (
+
+from rl4med_ddpo.callbacks.sample_folder import SETTINGS, SampleFolder
+from rl4med_ddpo.callbacks.sample_png import sample_id
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    PROMPTS,
+    condition_of,
+)
+from rl4med_ddpo.datamodules.images import INPUT
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.datamodules.sample_tables import MANIFEST
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import key
+from rl4med_ddpo.lightning_modules import Brightness
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.diffusion.lora import ADAPTER, add_lora, save_lora
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.sample_runs import (
     command,
     contents,
     copy_of,
@@ -20,21 +41,6 @@ from sample_runs import (
     times,
     wait_for_images,
 )
-
-from callbacks.sample_folder import SETTINGS, SampleFolder
-from callbacks.sample_png import sample_id
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, PROMPTS, condition_of
-from datamodules.errors import UserError
-from datamodules.images import INPUT
-from datamodules.isic import ISICDataModule
-from datamodules.prompts import ISICPromptDataModule
-from datamodules.sample_tables import MANIFEST
-from lightning_modules import Brightness
-from lightning_modules.classifier import load_classifier
-from lightning_modules.lora import ADAPTER, add_lora, save_lora
-from lightning_modules.pipelines import load_pipeline
-from lightning_modules.randomness import key
-from run import main
 
 
 @pytest.fixture(scope="module")

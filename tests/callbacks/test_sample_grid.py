@@ -3,13 +3,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from policies import Policy, RewardedPolicy, loader, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import callbacks.sample_grid
-from callbacks import SampleGrid
-from datamodules.attributes import PROMPTS
-from datamodules.errors import UserError
+from rl4med_ddpo.callbacks import SampleGrid, sample_grid
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+from rl4med_ddpo.foundation.errors import UserError
+from support.policies import Policy, RewardedPolicy, loader, trainer_of
 
 
 def names(path):
@@ -70,13 +69,13 @@ def test_tensorboard_gets_the_picture_at_the_step_of_the_scalars(tmp_path):
 
 def test_captions_say_what_was_asked_and_what_it_earned(tmp_path, monkeypatch):
     seen = []
-    draw = callbacks.sample_grid.caption_grid
+    draw = sample_grid.caption_grid
 
     def spy(images, captions, columns):
         seen.append(captions)
         return draw(images, captions, columns)
 
-    monkeypatch.setattr(callbacks.sample_grid, "caption_grid", spy)
+    monkeypatch.setattr(sample_grid, "caption_grid", spy)
     chosen = [PROMPTS[0], PROMPTS[-1]]
     for module in (Policy(), RewardedPolicy()):
         grid = SampleGrid(prompts=chosen, samples_per_prompt=1)

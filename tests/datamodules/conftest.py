@@ -5,28 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.annotations import GROUND_TRUTH, METADATA
-from datamodules.images import INPUT
-
-SHARED = Path(__file__).parents[2].parent / "shared"
-
-
-def _shared(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"the ISIC 2019 data are not here: no folder {SHARED / name}")
-    return SHARED / name
-
-
-@pytest.fixture(scope="session")
-def annotations_folder():
-    """The full tables of ISIC 2019 and the authors' split files, without images."""
-    return _shared("isic-annotations")
-
-
-@pytest.fixture(scope="session")
-def real_folder():
-    """1,240 true images in the official layout."""
-    return _shared("isic-real")
+from rl4med_ddpo.datamodules.annotations import GROUND_TRUTH, METADATA
+from rl4med_ddpo.datamodules.images import INPUT
 
 
 @dataclass

@@ -2,9 +2,9 @@ import csv
 
 import pytest
 
-from datamodules.annotations import read_annotations
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from datamodules.errors import UserError
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.foundation.errors import UserError
 
 
 def read(path, delimiter=","):

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from datamodules.annotations import read_annotations
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, condition_of
-from datamodules.dermoscopy import CLASSES, PREVALENCE, DermoscopyFolder
-from datamodules.drawing import draw
-from datamodules.errors import UserError
-from datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, condition_of
+from rl4med_ddpo.datamodules.dermoscopy import CLASSES, PREVALENCE, DermoscopyFolder
+from rl4med_ddpo.datamodules.drawing import draw
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.foundation.errors import UserError
 
 TABLES = (
     "ISIC_2019_Training_GroundTruth.csv",

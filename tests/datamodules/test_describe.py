@@ -4,10 +4,10 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from datamodules.annotations import read_annotations
-from datamodules.describe import describe, leaks, real_samples, subgroups, table_1
-from datamodules.isic import ISICDataModule
-from datamodules.splits import make_splits
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.describe import describe, leaks, real_samples, subgroups, table_1
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.splits import make_splits
 
 
 @pytest.fixture(scope="module")

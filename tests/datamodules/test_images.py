@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.annotations import GROUND_TRUTH, read_annotations
-from datamodules.errors import UserError
-from datamodules.images import INPUT, find_images, read_image
+from rl4med_ddpo.datamodules.annotations import GROUND_TRUTH, read_annotations
+from rl4med_ddpo.datamodules.images import INPUT, find_images, read_image
+from rl4med_ddpo.foundation.errors import UserError
 
 RAMP = np.stack(
     [np.arange(16).repeat(16).reshape(16, 16) * 16 + shift for shift in (0, 8, 15)], axis=2

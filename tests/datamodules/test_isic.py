@@ -7,10 +7,10 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from datamodules import images
-from datamodules.attributes import ATTRIBUTES, prompt_of
-from datamodules.errors import UserError
-from datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules import images
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, prompt_of
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.foundation.errors import UserError
 
 
 class Recorder(LightningModule):

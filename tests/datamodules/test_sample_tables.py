@@ -2,9 +2,10 @@ import csv
 
 import pytest
 
-from datamodules.attributes import ATTRIBUTES, CONDITIONS
-from datamodules.isic import ISICDataModule
-from datamodules.sample_tables import write_tables, write_whole
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.sample_tables import write_tables
+from rl4med_ddpo.foundation.files import write_whole
 
 
 def rows(n):

@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from datamodules.annotations import read_annotations
-from datamodules.attributes import ATTRIBUTES
-from datamodules.sampling import EpochSampler, inverse_frequency
-from datamodules.splits import make_splits
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.datamodules.sampling import EpochSampler, inverse_frequency
+from rl4med_ddpo.datamodules.splits import make_splits
 
 N = 21
 

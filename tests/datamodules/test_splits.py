@@ -3,10 +3,10 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from datamodules.annotations import read_annotations
-from datamodules.attributes import ATTRIBUTES
-from datamodules.errors import UserError
-from datamodules.splits import make_splits
+from rl4med_ddpo.datamodules.annotations import read_annotations
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.datamodules.splits import make_splits
+from rl4med_ddpo.foundation.errors import UserError
 
 
 @pytest.fixture(scope="module")

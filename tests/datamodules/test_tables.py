@@ -1,7 +1,7 @@
 import pytest
 
-from datamodules.errors import UserError
-from datamodules.tables import name_few, read_table, to_numbers
+from rl4med_ddpo.datamodules.tables import read_table, to_numbers
+from rl4med_ddpo.foundation.errors import UserError, name_few
 
 
 def write(tmp_path, content):

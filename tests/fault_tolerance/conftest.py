@@ -1,6 +1,7 @@
 import pytest
-from forked import forked, forked_ranks
-from tiny_runs import everything, fit, fit_on_two, loaded_ddpo
+
+from support.forked import forked, forked_ranks
+from support.tiny_runs import everything, fit, fit_on_two, loaded_ddpo
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from forked import forked_ranks
-from tiny_runs import curves, fit_on_two, loaded_ddpo
 
-from lightning_modules import DDPO, Brightness
+from rl4med_ddpo.lightning_modules import DDPO, Brightness
+from support.forked import forked_ranks
+from support.tiny_runs import curves, fit_on_two, loaded_ddpo
 
 
 class SpoiltOnOne(DDPO):

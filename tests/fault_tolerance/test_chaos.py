@@ -1,7 +1,8 @@
 import os
 
 import pytest
-from chaos import Chaos, draw
+
+from support.chaos import Chaos, draw
 
 TRIALS = int(os.environ.get("CHAOS_TRIALS", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))

@@ -6,13 +6,13 @@ import tempfile
 
 import pytest
 import torch
-from forked import forked
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from datamodules.errors import UserError
-from fault_tolerance import faults
-from fault_tolerance.checkpoint_io import DurableCheckpointIO
-from fault_tolerance.recovery import newest_whole
+from rl4med_ddpo.fault_tolerance import faults
+from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.recovery import newest_whole
+from rl4med_ddpo.foundation.errors import UserError
+from support.forked import forked
 
 OTHER_DISK = "/dev/shm"
 
@@ -71,7 +71,7 @@ def test_the_list_of_points_is_complete(folder, monkeypatch):
     """One save passes each point as often as the trials below kill it there."""
     monkeypatch.setenv("FAULT", "nowhere:0:kill")
     seen = []
-    monkeypatch.setattr("fault_tolerance.checkpoint_io.reach", seen.append)
+    monkeypatch.setattr("rl4med_ddpo.fault_tolerance.checkpoint_io.reach", seen.append)
     save(folder, 3)
     for point in ("save.fsync", "save.replace", "save.manifest"):
         assert seen.count(point) == passes(point)

@@ -5,13 +5,13 @@ import time
 from functools import partial
 
 import pytest
-from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import Callback
-from tiny_runs import EPOCHS, differing, everything, fit
 
-from fault_tolerance.checkpoint_io import DurableCheckpointIO
-from fault_tolerance.recovery import newest_whole
-from fault_tolerance.watchdog import Watchdog
+from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.recovery import newest_whole
+from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
+from support.forked import forked, forked_ranks
+from support.tiny_runs import EPOCHS, differing, everything, fit
 
 
 class DiskFillsUp(Callback):

@@ -3,15 +3,24 @@ from functools import partial
 
 import pytest
 import torch
-from command_line import ddpo, in_process, start_process
-from forked import forked, forked_ranks
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny import distance
-from tiny_runs import curves, differing, everything, fit, fit_on_two, last, loaded_ddpo, trainer_of
 
-from datamodules.dermoscopy import DermoscopyFolder
-from datamodules.isic import ISICDataModule
-from lightning_modules import AttributeClassifier
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.lightning_modules import AttributeClassifier
+from support.command_line import ddpo, in_process, start_process
+from support.forked import forked, forked_ranks
+from support.tiny import distance
+from support.tiny_runs import (
+    curves,
+    differing,
+    everything,
+    fit,
+    fit_on_two,
+    last,
+    loaded_ddpo,
+    trainer_of,
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@ import struct
 import zlib
 
 import pytest
-from forked import forked
 from PIL import Image
 
-from datamodules.errors import UserError
-from datamodules.images import MAX_PIXELS, read_image
+from rl4med_ddpo.datamodules.images import MAX_PIXELS, read_image
+from rl4med_ddpo.foundation.errors import UserError
+from support.forked import forked
 
 FRAME = bytes.fromhex("2c000000000100010000020144 00")
 

@@ -4,12 +4,12 @@ from functools import partial
 
 import lightning as L
 import pytest
-from forked import forked, forked_ranks
-from tiny import quiet_trainer
-from tiny_runs import differing, everything, fit, fit_on_two, last
 from torch.utils.data import DataLoader
 
-from fault_tolerance.preemption import Preemption
+from rl4med_ddpo.fault_tolerance.preemption import Preemption
+from support.forked import forked, forked_ranks
+from support.tiny import quiet_trainer
+from support.tiny_runs import differing, everything, fit, fit_on_two, last
 
 SECONDS_TO_END = 15.0
 

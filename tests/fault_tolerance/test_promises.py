@@ -1,6 +1,6 @@
 import re
 
-from command_line import ROOT
+from support.command_line import ROOT
 
 
 def test_the_readme_names_tests_that_exist():

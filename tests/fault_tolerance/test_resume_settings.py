@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 import torch
-from command_line import ddpo, in_process
-from tiny_runs import last
 
-from datamodules.errors import UserError
-from fault_tolerance.settings import commits_of, differences, is_allowed, settings_of
-from lightning_modules.classifier import load_classifier
+from rl4med_ddpo.fault_tolerance.settings import commits_of, differences, is_allowed, settings_of
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from support.command_line import ddpo, in_process
+from support.tiny_runs import last
 
 
 def config(**model):

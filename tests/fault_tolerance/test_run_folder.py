@@ -6,12 +6,12 @@ import socket
 import time
 
 import pytest
-from command_line import ROOT, ddpo, in_process
-from forked import forked
 
-from datamodules.errors import UserError
-from fault_tolerance import run_folder
-from fault_tolerance.run_folder import claim
+from rl4med_ddpo.fault_tolerance import run_folder
+from rl4med_ddpo.fault_tolerance.run_folder import claim
+from rl4med_ddpo.foundation.errors import UserError
+from support.command_line import ROOT, ddpo, in_process
+from support.forked import forked
 
 NOTHING_PREPARED = ("no/pipeline", {"reward": "no/reward.ckpt", "judge": "no/judge.ckpt"})
 

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from command_line import ddpo, start_process
-from forked import forked_ranks
-from tiny_runs import fit
 
-from datamodules.errors import UserError
-from fault_tolerance.watchdog import Watchdog
+from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
+from rl4med_ddpo.foundation.errors import UserError
+from support.command_line import ddpo, start_process
+from support.forked import forked_ranks
+from support.tiny_runs import fit
 
 SECONDS_TO_END = 30.0
 

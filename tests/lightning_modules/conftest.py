@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 
 
 @pytest.fixture(scope="module")

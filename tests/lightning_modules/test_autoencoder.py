@@ -10,13 +10,17 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from assets.build import build_pipeline
-from assets.gates import drawn_images
-from datamodules.attributes import CONDITIONS
-from datamodules.errors import UserError
-from lightning_modules.autoencoder import Autoencoder
-from lightning_modules.classifier import AttributeClassifier
-from lightning_modules.reconstruction import feature_loss, pixel_loss, signal_to_noise
+from rl4med_ddpo.base_pipeline.acceptance import drawn_images
+from rl4med_ddpo.base_pipeline.build import build_pipeline
+from rl4med_ddpo.datamodules.attributes import CONDITIONS
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
+from rl4med_ddpo.lightning_modules.diffusion.reconstruction import (
+    feature_loss,
+    pixel_loss,
+    signal_to_noise,
+)
 
 SIZE = 32
 

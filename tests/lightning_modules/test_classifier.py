@@ -7,14 +7,14 @@ import lightning as L
 import pytest
 import timm
 import torch
-from attribute_images import AttributeImageData
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES
-from datamodules.errors import UserError
-from lightning_modules.backbone import build_backbone
-from lightning_modules.classifier import AttributeClassifier, load_classifier
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
+from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
+from support.attribute_images import AttributeImageData
 
 TINY = {"backbone": "test_efficientnet", "pretrained": False, "image_size": 48}
 
@@ -167,7 +167,7 @@ def test_loading_a_classifier_trained_from_pretrained_weights_fetches_nothing(
     checkpoint = torch.load(trained[2], weights_only=True)
     checkpoint["hyper_parameters"]["pretrained"] = True
     torch.save(checkpoint, tmp_path / "pretrained.ckpt")
-    monkeypatch.setattr("lightning_modules.backbone._pretrained_file", pytest.fail)
+    monkeypatch.setattr("rl4med_ddpo.lightning_modules.backbone._pretrained_file", pytest.fail)
     assert load_classifier(tmp_path / "pretrained.ckpt").pretrained is False
 
 

@@ -3,9 +3,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from datamodules.errors import UserError
-from lightning_modules.ddim import DDIMSchedule, denoise, initial_latents
-from lightning_modules.randomness import generator
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import generator
+from rl4med_ddpo.lightning_modules.diffusion.ddim import DDIMSchedule, denoise, initial_latents
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,

@@ -5,16 +5,16 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import RecordedDDPO, distance, flat, prompts, quiet_trainer, state_of, tiny_ddpo
 from torch.distributions import Normal, kl_divergence
 
-from datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
-from datamodules.errors import UserError
-from lightning_modules import DDPO, Brightness
-from lightning_modules.diversity import group_diversity, layout
-from lightning_modules.pipelines import load_pipeline
-from lightning_modules.randomness import keys
-from lightning_modules.rollout import chosen_steps
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules import DDPO, Brightness
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import chosen_steps
+from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
+from support.tiny import RecordedDDPO, distance, flat, prompts, quiet_trainer, state_of, tiny_ddpo
 
 
 def fit(module, folder, data=None, epochs=1, **options):

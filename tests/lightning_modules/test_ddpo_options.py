@@ -1,8 +1,8 @@
 import pytest
 
-from datamodules.errors import UserError
-from lightning_modules import DDPO
-from lightning_modules.ddpo_options import clip_pair
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules import DDPO
+from rl4med_ddpo.lightning_modules.policy_gradient.ddpo_options import clip_pair
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import torch
 
-from lightning_modules.diversity import group_diversity, layout
+from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
 
 
 def test_against_a_slow_loop():

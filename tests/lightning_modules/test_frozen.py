@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_modules.frozen import Frozen, omit_frozen
+from rl4med_ddpo.lightning_modules.networks.frozen import Frozen, omit_frozen
 
 
 class Encoder(nn.Sequential):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny import prompts, quiet_trainer, tiny_ddpo
 
-from datamodules.attributes import PROMPTS
-from datamodules.errors import UserError
-from lightning_modules import Brightness
-from lightning_modules.rollout import Pairs
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules import Brightness
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs
+from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from datamodules.errors import UserError
-from lightning_modules.kohya import DIFFUSERS_FILE, convert
-from lightning_modules.lora import add_lora, merged, save_lora
-from lightning_modules.pipelines import load_pipeline
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, merged, save_lora
+from rl4med_ddpo.lightning_modules.pipelines.kohya import DIFFUSERS_FILE, convert
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@ import shutil
 
 import pytest
 import torch
-from fine_tuning import SGD, fit, images_of, module
 from PIL import Image
-from tiny import distance, state_of
 
-from datamodules.errors import UserError
-from fault_tolerance.settings import settings_of
-from lightning_modules import StableDiffusion
-from lightning_modules.pipelines import load_pipeline, save_pipeline
+from rl4med_ddpo.fault_tolerance.settings import settings_of
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules import StableDiffusion
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
+from support.fine_tuning import SGD, fit, images_of, module
+from support.tiny import distance, state_of
 
 
 class Counted(StableDiffusion):
@@ -55,7 +55,7 @@ def test_cached_latents_train_the_same_weights(tiny_pipeline, isic, tmp_path, au
 def test_cached_runs_do_not_open_the_images(tiny_pipeline, isic, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     fit(module(tiny_pipeline, cache=cache), tmp_path, epochs=1, data=images_of(isic))
-    monkeypatch.setattr("datamodules.isic_dataset.read_image", pytest.fail)
+    monkeypatch.setattr("rl4med_ddpo.datamodules.isic_dataset.read_image", pytest.fail)
     fit(module(tiny_pipeline, cache=cache), tmp_path, epochs=1, data=images_of(isic))
 
 

@@ -3,8 +3,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
-from lightning_modules.lora import ADAPTER, add_lora, load_policy, save_lora
-from lightning_modules.pipelines import load_pipeline
+from rl4med_ddpo.lightning_modules.diffusion.lora import ADAPTER, add_lora, load_policy, save_lora
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 
 
 def predict(unet):

@@ -1,9 +1,9 @@
 import gc
 
 import torch
-from tiny import prompts, quiet_trainer, tiny_ddpo
 
-from lightning_modules import DDPO, Brightness
+from rl4med_ddpo.lightning_modules import DDPO, Brightness
+from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 
 class Living:

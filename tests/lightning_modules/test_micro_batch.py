@@ -3,17 +3,17 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import distance, prompts, quiet_trainer, state_of, tiny_ddpo
 from torch import nn
 
-from lightning_modules import DDPO
-from lightning_modules.micro_batch import (
+from rl4med_ddpo.lightning_modules import DDPO
+from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
     MOST,
     USABLE,
     free_memory,
     largest_micro_batch,
     saved_bytes,
 )
+from support.tiny import distance, prompts, quiet_trainer, state_of, tiny_ddpo
 
 WIDTH = 100
 

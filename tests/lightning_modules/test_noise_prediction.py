@@ -3,7 +3,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 
-from lightning_modules.noise_prediction import min_snr_weights, offset_noise
+from rl4med_ddpo.lightning_modules.diffusion.noise_prediction import min_snr_weights, offset_noise
 
 
 def test_weights_are_those_of_diffusers_script():

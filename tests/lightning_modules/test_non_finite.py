@@ -3,13 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import RecordedDDPO, distance, prompts, quiet_trainer, state_of, tiny_ddpo
 
-from datamodules.attributes import PROMPTS
-from datamodules.errors import UserError
-from lightning_modules import Brightness, OnePassDDPO
-from lightning_modules.guarded_policy import draw_again
-from lightning_modules.non_finite import Fault, SkippedUpdates
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules import Brightness, OnePassDDPO
+from rl4med_ddpo.lightning_modules.guarded_policy import draw_again
+from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import Fault, SkippedUpdates
+from support.tiny import RecordedDDPO, distance, prompts, quiet_trainer, state_of, tiny_ddpo
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_modules.per_sample import per_sample_gradients
+from rl4med_ddpo.lightning_modules.policy_gradient.per_sample import per_sample_gradients
 
 
 def network(seed=0):

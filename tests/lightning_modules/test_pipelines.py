@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from ldm_format import write_single_file
 from safetensors.torch import load_file, save_file
 
-from assets.build import build_pipeline
-from datamodules.errors import UserError
-from lightning_modules import hub
-from lightning_modules.pipeline_source import COMPONENTS, NETWORKS, SD15, is_hub_id
-from lightning_modules.pipelines import load_pipeline, save_pipeline
+from rl4med_ddpo.base_pipeline.build import build_pipeline
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.pipelines import hub
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import COMPONENTS, NETWORKS, SD15, is_hub_id
+from support.ldm_format import write_single_file
 
 
 def test_a_pipeline_survives_saving_and_loading(tiny_pipeline, tmp_path):

@@ -1,8 +1,8 @@
 import pytest
 
-from datamodules.errors import UserError
-from lightning_modules import DDPO
-from lightning_modules.ranges import RANGES, require_in_range
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules import DDPO
+from rl4med_ddpo.lightning_modules.policy_gradient.ranges import RANGES, require_in_range
 
 
 def test_the_defaults_are_in_range():

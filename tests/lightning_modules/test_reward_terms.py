@@ -1,6 +1,6 @@
 import torch
 
-from lightning_modules.reward_terms import Rewards, joined, shares
+from rl4med_ddpo.lightning_modules.rewards.base import Rewards, joined, shares
 
 
 def test_the_share_of_a_penalty_is_its_size():

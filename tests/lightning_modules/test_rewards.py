@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
-from datamodules.errors import UserError
-from lightning_modules.reward_terms import shares
-from lightning_modules.rewards import (
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.rewards.attributes import (
     AttributeMatch,
     AttributeProbability,
-    Brightness,
-    RewardSum,
     attribute_match,
 )
+from rl4med_ddpo.lightning_modules.rewards.base import shares
+from rl4med_ddpo.lightning_modules.rewards.brightness import Brightness
+from rl4med_ddpo.lightning_modules.rewards.reward_sum import RewardSum
 
 
 class Reader(nn.Module):

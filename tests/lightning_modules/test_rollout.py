@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from datamodules.errors import UserError
-from lightning_modules.ddim import Transition
-from lightning_modules.rollout import (
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     chosen_steps,
     empty_rollout,
     plan_passes,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lightning_modules.samples import Samples, filled_rows, to_eight_bits
+from rl4med_ddpo.datamodules.images import to_eight_bits
+from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from fine_tuning import SGD, Captioned, adamw, fit, images_of, module, unet_of
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from tiny import distance, flat, state_of
 
-from callbacks import Export
-from datamodules.attributes import PROMPTS
-from datamodules.errors import UserError
-from lightning_modules import StableDiffusion
-from lightning_modules.pipelines import load_pipeline
-from lightning_modules.randomness import generator, key
+from rl4med_ddpo.callbacks import Export
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import generator, key
+from rl4med_ddpo.lightning_modules import StableDiffusion
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.fine_tuning import SGD, Captioned, adamw, fit, images_of, module, unet_of
+from support.tiny import distance, flat, state_of
 
 
 def test_the_loss_falls_and_only_the_unet_changes(tiny_pipeline, tmp_path):

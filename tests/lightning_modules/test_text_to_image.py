@@ -1,7 +1,8 @@
 import pytest
 import torch
-from fine_tuning import module
-from tiny import distance, tiny_ddpo
+
+from support.fine_tuning import module
+from support.tiny import distance, tiny_ddpo
 
 
 @pytest.mark.parametrize("stage", ["fine-tuning", "DDPO"])

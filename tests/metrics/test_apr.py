@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from datamodules.attributes import ATTRIBUTES, CONDITIONS
-from metrics.apr import ArtifactPrevalenceRate
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS
+from rl4med_ddpo.metrics.apr import ArtifactPrevalenceRate
 
 
 def draws(n, heads, seed=0):

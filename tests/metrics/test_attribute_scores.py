@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metrics.attribute_scores import AttributeScores
+from rl4med_ddpo.metrics.attribute_scores import AttributeScores
 
 NAMES = ("hair", "gel_bubble", "ruler", "ink")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_f1_score
 
-from metrics.augmentation import SCORES, accuracy, auroc, compare, f1, table_4
+from rl4med_ddpo.metrics.augmentation import SCORES, accuracy, auroc, compare, f1, table_4
 
 THEIRS = {f1: binary_f1_score, accuracy: binary_accuracy, auroc: binary_auroc}
 

@@ -1,20 +1,17 @@
 """E9: planted copies of training images are found, and real images are not accused."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datamodules.images import find_images, read_image
-from datamodules.isic import ISICDataModule
-from metrics.copies import copy_threshold, nearest, thumbnails
-from metrics.intervals import cluster_numbers
-from metrics.memorization import memorization
-
-REAL = Path(__file__).parents[2].parent / "shared" / "isic-real"
+from rl4med_ddpo.datamodules.images import find_images, read_image
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.metrics.copies import copy_threshold, nearest, thumbnails
+from rl4med_ddpo.metrics.intervals import cluster_numbers
+from rl4med_ddpo.metrics.memorization import memorization
 
 
 def squashed(paths):
@@ -40,11 +37,9 @@ def edited(path, edit, rng):
 
 
 @pytest.fixture(scope="module")
-def real():
+def real(real_folder):
     """Thumbnails of true images: 300 of train, 150 of test, 120 held out, and their lesions."""
-    if not REAL.is_dir():
-        pytest.skip(f"no folder {REAL}")
-    data = ISICDataModule(str(REAL), split=str(REAL / "splits"))
+    data = ISICDataModule(str(real_folder), split=str(real_folder / "splits"))
     rows = {
         "train": data.splits.train.head(300),
         "test": data.splits.test.head(150),

@@ -5,9 +5,9 @@ from torch.nn import functional as F
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from metrics.distribution import distribution_scores, halve, real_mix
-from metrics.frechet import Moments, frechet_distance, frechet_estimate, moments
-from metrics.kernel import kernel_distance, kernel_estimate
+from rl4med_ddpo.metrics.distribution import distribution_scores, halve, real_mix
+from rl4med_ddpo.metrics.frechet import Moments, frechet_distance, frechet_estimate, moments
+from rl4med_ddpo.metrics.kernel import kernel_distance, kernel_estimate
 
 
 def drawn(n, d, seed, shift=0.0, scale=1.0):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from metrics.intervals import wilson_interval
+from rl4med_ddpo.metrics.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (606, 960), (1, 30720)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from metrics.intervals import (
+from rl4med_ddpo.metrics.intervals import (
     cluster_numbers,
     clustered_mean,
     holm,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from metrics.neighbours import neighbourhood_scores
+from rl4med_ddpo.metrics.neighbours import neighbourhood_scores
 
 NAMES = ("precision", "recall", "density", "coverage")
 

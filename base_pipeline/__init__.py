@@ -1,0 +1,1 @@
+"""How the embedded pipeline in `assets/base` was made."""

@@ -1,0 +1,164 @@
+"""The commands `fit`, `validate`, `test`, `predict` and `describe`, by LightningCLI."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from rl4med_ddpo import callbacks
+from rl4med_ddpo.command_line.parser import ConfigFile
+from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.preemption import Preemption
+from rl4med_ddpo.fault_tolerance.resume import Resume
+from rl4med_ddpo.fault_tolerance.run_folder import Room, claim
+from rl4med_ddpo.fault_tolerance.settings import settings_of
+from rl4med_ddpo.fault_tolerance.tensorboard_resume import Curves
+from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.metrics.leaks import find_leaks, require_no_leaks
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of each subcommand beside the run: `config_fit.yaml`, ..."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the file on rank 0, replacing that of an earlier run of the same subcommand."""
+        self.config_filename = f"config_{trainer.state.fn.value}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer; `fit` and `predict` resume by themselves, `describe` is a command."""
+
+    def fit(
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = "last",
+    ) -> None:
+        """Train.
+
+        Args:
+            model: The model to train.
+            train_dataloaders: Not used: the data module has them.
+            val_dataloaders: Not used: the data module has them.
+            datamodule: The data to train on.
+            ckpt_path: `last` goes on from the run folder's newest whole checkpoint if there is
+                one; null starts anew.
+        """
+        resume = next(c for c in self.callbacks if isinstance(c, Resume))
+        ckpt_path = resume.start_from(self, model, ckpt_path)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        return_predictions: bool | None = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Draw samples; a SampleFolder callback keeps them.
+
+        Args:
+            model: The model to draw from.
+            dataloaders: Not used: the data module has them.
+            datamodule: The prompts to draw for.
+            return_predictions: Keep all of them in memory, as a notebook may want.
+            ckpt_path: Not needed: the model's own arguments name its weights.
+            weights_only: Load ckpt_path without running code from it.
+        """
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+        )
+
+    def describe(
+        self,
+        model: L.LightningModule | None = None,
+        datamodule: L.LightningDataModule | None = None,
+        leaks: Literal["tables", "report", "strict"] = "tables",
+    ) -> None:
+        """Print what the tables hold: splits, subgroups, lesions. Needs no images.
+
+        Args:
+            model: Not used.
+            datamodule: The data to describe.
+            leaks: `tables` counts the lesions that two splits share. `report` reads the images and
+                lists each pair: of one lesion, of near-duplicates under other ids, and generated
+                images among the held-out ones. `strict` ends with an error if there are any.
+        """
+        print(datamodule.describe())
+        if leaks != "tables":
+            splits = datamodule.splits
+            paths = {name: datamodule.paths(rows) for name, rows in splits._asdict().items()}
+            found = find_leaks(splits, paths)
+            print(f"\nLeaks between the splits: {len(found):,}")
+            for leak in found:
+                print(f"  {leak}")
+            if leaks == "strict":
+                require_no_leaks(found)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI, with `describe`, and with the configuration winning over a checkpoint's."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the trainer's methods that are commands, with the arguments that are not options."""
+        commands = LightningCLI.subcommands()
+        return commands | {"describe": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose `--config` also finds the shipped configurations."""
+        parser = super().init_parser(**kwargs)
+        for action in parser._actions:
+            if isinstance(action, ActionConfigFile):
+                action.__class__ = ConfigFile
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has and that have options of their own."""
+        parser.add_lightning_class_args(Resume, "resume")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CommandLine":
+        """Stay one: the averaged copy of a model knows the command line by its optimizer."""
+        return self
+
+    def before_instantiate_classes(self) -> None:
+        """Claim the run folder while nothing is built yet."""
+        if self.subcommand != "describe" and rank_zero_only.rank == 0:
+            root = self._get(self.config, "trainer").default_root_dir or Path.cwd()
+            claim(Path(root), self.subcommand)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Give every run what keeps its work, and a progress bar that moves inside a step."""
+        always: list[L.Callback] = [Room(), Curves()]
+        if self._get(self.config_init, "trainer").enable_progress_bar is not False:
+            always.append(callbacks.InnerProgressBar())
+        self.trainer_defaults = {"callbacks": always}
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
+        precision = str(self._get(self.config_init, "trainer").precision)
+        if precision.startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
+            # Lightning would take another one in its place
+            raise UserError(
+                f"precision {precision} needs a GPU, and this run is on the CPU. Allowed here are "
+                "32-true and bf16-mixed: --trainer.precision 32-true"
+            )
+        # first, so that it leaves before anything of a batch is logged
+        trainer.callbacks.insert(0, Preemption())
+        resume = next(c for c in trainer.callbacks if isinstance(c, Resume))
+        resume.settings = settings_of(self.config[self.subcommand].as_dict())
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the command line's values: Lightning would replace them by the checkpoint's."""

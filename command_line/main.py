@@ -1,0 +1,82 @@
+"""The whole command line: `rl4med-ddpo fit|validate|test|predict|describe --config NAME.yaml`.
+
+And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities import rank_zero_info
+
+from rl4med_ddpo import __version__
+from rl4med_ddpo.command_line.cli import CommandLine, SaveConfig, Trainer
+from rl4med_ddpo.command_line.parser import Parser
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.report.report import report, report_parser, run_folders
+
+EXPECTED = (
+    # frozen networks are in eval mode throughout
+    "Found .* in eval mode at the start of training",
+    # prompts are a few bytes, and small images are read in the process that trains
+    "does not have many workers",
+    # scores are gathered before they are logged: every rank logs the same
+    "recommended to use `self.log\\('(val|test)/(apr|reward)'",
+    # of Lightning's own making, for Lightning to change
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "torch.distributed.nn.functional.all_gather is deprecated",
+)
+for message in EXPECTED:
+    warnings.filterwarnings("ignore", f".*{message}")
+
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+def main(args: ArgsType = None) -> CommandLine | Path:
+    """Run the command line; `args` stands in for `sys.argv[1:]`."""
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] == "report":
+        asked = report_parser(prog="run.py report").parse_args(given[1:])
+        written = report(run_folders(asked.runs), asked.output)
+        rank_zero_info(f"report in {written}")
+        return written
+    if args is not None:
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    return CommandLine(
+        L.LightningModule,
+        L.LightningDataModule,
+        trainer_class=Trainer,
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=42,
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "version": __version__,
+            "allow_abbrev": False,
+            "description": "Fine-tune Stable Diffusion, and align it with its prompts by DDPO.",
+            "epilog": "And `run.py report RUN...`: tables and figures of finished runs.",
+        },
+        args=args,
+    )
+
+
+def user_message(error: UserError) -> str:
+    """Cut off the traceback that torch puts before the message of a DataLoader's worker."""
+    raised = f"{UserError.__module__}.{UserError.__name__}: "
+    return str(error).rpartition(raised)[2].strip()
+
+
+def run() -> None:
+    """Run as a program: a mistake of the user's is one message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"\nerror: {user_message(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Whole experiments of several commands: the demo, and Table 4."""

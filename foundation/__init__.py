@@ -1,0 +1,1 @@
+"""What everything else builds on: errors, files, hashes, checkpoints, randomness."""

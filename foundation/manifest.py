@@ -1,0 +1,49 @@
+"""The manifest beside a checkpoint: written last, it says that the checkpoint is whole."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rl4med_ddpo.foundation.files import write_whole
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a checkpoint file without opening it.
+
+    Attributes:
+        file: Its name when it was written.
+        bytes: Its size.
+        sha256: Of its content, in hexadecimal.
+        epoch: Epochs that were finished, or begun, when it was written.
+        global_step: Optimizer steps taken.
+        between_steps: Whether training can go on from it exactly: it was not saved in a validation.
+        settings: What the run's course depends on, by key.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    epoch: int
+    global_step: int
+    between_steps: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def manifest_path(checkpoint: Path) -> Path:
+    """Name the manifest of a checkpoint file."""
+    return checkpoint.with_name(checkpoint.name + ".json")
+
+
+def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
+    """Write the manifest of a checkpoint, whole or not at all."""
+    write_whole(manifest_path(checkpoint), json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Read a manifest file; None if there is none, or if it is no manifest."""
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

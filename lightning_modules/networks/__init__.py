@@ -1,0 +1,1 @@
+"""Building blocks of networks: backbones, frozen weights, class weights, schedules."""

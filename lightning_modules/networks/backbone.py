@@ -1,0 +1,95 @@
+"""Image classification networks of timm, with or without their pretrained weights."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from rl4med_ddpo.foundation.errors import UserError, name_few
+from rl4med_ddpo.lightning_modules.pipelines.hub import from_cache_or_hub
+
+WEIGHTS = "model.safetensors"
+
+
+def check_backbone(name: str) -> None:
+    """Raise UserError if timm has no architecture of this name; offline, in no time."""
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=4)
+        raise UserError(
+            f"timm has no backbone {name!r}.\n"
+            f"  Close names: {', '.join(close) or 'none'}\n"
+            "  All names: python -c 'import timm; print(timm.list_models())'"
+        )
+
+
+def build_backbone(name: str, pretrained: bool | str, outputs: int, dropout: float) -> nn.Module:
+    """Build a network with `outputs` logits on its own pooled features.
+
+    Args:
+        name: timm's name of the architecture.
+        pretrained: True for timm's own weights, a `.safetensors` file of weights under timm's
+            names, or False for random ones.
+        outputs: Number of logits; this last layer is random in any case.
+        dropout: Share of the pooled features dropped in training.
+
+    Raises:
+        UserError: if the pretrained weights are not to be had, or are another architecture's.
+    """
+    options = {"num_classes": outputs, "drop_rate": dropout}
+    if not pretrained:
+        return timm.create_model(name, **options)
+    if isinstance(pretrained, str):
+        _check_file(name, Path(pretrained))
+    file = pretrained if isinstance(pretrained, str) else _pretrained_file(name)
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": file}, **options
+    )
+
+
+def _check_file(name: str, file: Path) -> None:
+    """Refuse what timm would load in part, the rest left random."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot read the pretrained weights {file}: {error}.\n"
+            "  Needed is a .safetensors file of weights under timm's names"
+        ) from error
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    last = network.pretrained_cfg["classifier"]
+    last = (last,) if isinstance(last, str) else tuple(last)
+    wrong = [
+        key
+        for key, tensor in network.state_dict().items()
+        if not key.startswith(last) and found.get(key) != list(tensor.shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"the weights in {file} are not those of the backbone {name!r}: {len(wrong)} tensors "
+            f"are missing or of another shape, such as {name_few(wrong)}"
+        )
+
+
+def pretrained_repo(name: str) -> str | None:
+    """Return the hub id of timm's weights for an architecture, None where there are none."""
+    config = timm.models.get_pretrained_cfg(name)
+    return config and config.hf_hub_id
+
+
+def _pretrained_file(name: str) -> str:
+    repo = pretrained_repo(name)
+    if not repo:
+        raise UserError(f"timm has no pretrained weights for {name!r}: set `pretrained: false`")
+    return from_cache_or_hub(
+        lambda local: hf_hub_download(repo, WEIGHTS, local_files_only=local),
+        repo,
+        None,
+        f"hf download {repo} {WEIGHTS}",
+        "give a file of weights as `pretrained`, or train from scratch: `pretrained: false`",
+    )

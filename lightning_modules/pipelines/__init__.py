@@ -1,0 +1,1 @@
+"""Find, load, check, convert and save Stable Diffusion pipelines."""

@@ -1,0 +1,1 @@
+"""The parts of DDPO: rollout, advantages, loss, and what guards them."""

@@ -1,0 +1,97 @@
+"""Rewards r(x_0, c) by a classifier: how well an image shows the attributes that were asked for."""
+
+import torch
+from torch import Tensor
+
+from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
+from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+
+
+def attribute_match(logits: Tensor, conditions: Tensor) -> Tensor:
+    """Tell which attributes are as asked: `sigmoid(logit) > 0.5` equals the condition, `(B, H)`."""
+    return (logits > 0) == conditions.bool()
+
+
+def attribute_weights(weights: dict[str, float]) -> list[float]:
+    """Return each attribute's weight, 1 where none is named.
+
+    Raises:
+        UserError: if a name is no attribute's, or a weight is negative, or all are 0.
+    """
+    unknown = sorted(weights.keys() - set(ATTRIBUTES))
+    found = [float(weights.get(name, 1.0)) for name in ATTRIBUTES]
+    if unknown or min(found) < 0 or not sum(found):
+        raise UserError(
+            f"weights={weights}: name attributes among {', '.join(ATTRIBUTES)}, each with a weight "
+            "of at least 0 and not all 0"
+        )
+    return found
+
+
+class AttributeMatch(Reward):
+    """The paper's r_A: the share of the six attributes read as asked, in {0, 1/6, ..., 1}.
+
+    An artifact-free image of the right disease earns 2/3 on average over the 32 prompts: what is
+    below that is worse than never drawing an artifact.
+
+    Args:
+        classifier: Checkpoint of the reward network, six attributes.
+        weights: How much an attribute counts beside the others, by name; those not named count 1.
+            null counts all alike, as the paper does.
+    """
+
+    def __init__(
+        self,
+        classifier: str = "runs/classifier/checkpoints/best.ckpt",
+        weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.weights = attribute_weights(weights) if weights else None
+
+    def needs(self) -> list[Need]:
+        """Name the reward network's checkpoint."""
+        command = "python run.py fit --config classifier.yaml"
+        return [Need(self.classifier, "the reward network", command)]
+
+    def load(self) -> None:
+        """Load the reward network, frozen and in float32."""
+        self.network = Frozen(load_classifier(self.classifier, attributes=ATTRIBUTES))
+
+    def hits(self, logits: Tensor, conditions: Tensor) -> Tensor:
+        """Tell how far each attribute is as asked, `(B, 6)` in [0, 1]."""
+        return attribute_match(logits, conditions).float()
+
+    def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
+        """Score images; the parts are the hits of each attribute, the terms what they earn."""
+        with torch.autocast(images.device.type, enabled=False):
+            hits = self.hits(self.network(images.float()), conditions)
+        if self.weights is None:
+            value, earned = hits.mean(dim=1), hits / len(ATTRIBUTES)
+        else:
+            earned = hits * torch.tensor(self.weights, device=hits.device) / sum(self.weights)
+            value = earned.sum(dim=1)
+        parts, terms = (
+            dict(zip(ATTRIBUTES, columns.unbind(dim=1), strict=True)) for columns in (hits, earned)
+        )
+        return Rewards(value, parts, terms)
+
+
+class AttributeProbability(AttributeMatch):
+    """A soft r_A: the mean probability, by the network, that an attribute is as asked, in [0, 1].
+
+    It tells a near miss from a far one, so fewer groups are tied; and it pays for confidence, which
+    a network may give to what is no better.
+
+    Args:
+        classifier: Checkpoint of the reward network, six attributes.
+        weights: How much an attribute counts beside the others, by name; those not named count 1.
+    """
+
+    def hits(self, logits: Tensor, conditions: Tensor) -> Tensor:
+        """Return sigmoid(logit) where the attribute is asked for, and 1 less it elsewhere."""
+        return torch.where(conditions.bool(), logits, -logits).sigmoid()

@@ -1,0 +1,59 @@
+"""What a reward is: a score of images against what was asked of them, with its parts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rl4med_ddpo.lightning_modules.prerequisites import Need
+
+
+class Rewards(NamedTuple):
+    """The reward of each image, `(B,)`, and what it is made of, each `(B,)`.
+
+    Attributes:
+        value: The reward.
+        parts: What is worth a curve of its own.
+        terms: Addends of the value, whose shares in it are logged.
+    """
+
+    value: Tensor
+    parts: dict[str, Tensor]
+    terms: dict[str, Tensor] = {}  # noqa: RUF012 - nobody adds to it
+
+
+def joined(batches: list[Rewards]) -> Rewards:
+    """Join the rewards of consecutive batches."""
+    values, parts, terms = zip(*batches, strict=True)
+
+    def whole(named: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+        return {name: torch.cat([batch[name] for batch in named]) for name in named[0]}
+
+    return Rewards(torch.cat(values), whole(parts), whole(terms))
+
+
+def shares(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each term's part of the sum of all absolute values, in [0, 1]; terms are `(M,)`."""
+    sizes = {name: term.abs().nansum() for name, term in terms.items()}
+    whole = sum(sizes.values())
+    return {name: size / whole for name, size in sizes.items()}
+
+
+class Reward(nn.Module):
+    """Scores images against conditions. Networks are loaded by `load`, not on construction."""
+
+    def needs(self) -> list[Need]:
+        """Name the files without which `load` fails."""
+        return []
+
+    def load(self) -> None:
+        """Load the networks; called once, before training starts."""
+
+    def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
+        """Score images.
+
+        Args:
+            images: `(B, 3, H, W)` in [0, 1].
+            conditions: What each image was asked to show, multi-hot `(B, 6)`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,50 @@
+"""A weighted sum of rewards."""
+
+from torch import Tensor, nn
+
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+
+
+class RewardSum(Reward):
+    """A weighted sum of rewards.
+
+    Args:
+        rewards: The rewards, each by its class_path.
+        weights: Of each; null is 1 for all.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        super().__init__()
+        weights = [1.0] * len(rewards) if weights is None else weights
+        if not rewards or len(weights) != len(rewards):
+            raise UserError(
+                f"RewardSum has {len(rewards)} rewards and {len(weights)} weights: it wants at "
+                "least one reward, and as many weights or none"
+            )
+        self.rewards, self.weights = nn.ModuleList(rewards), weights
+
+    def needs(self) -> list[Need]:
+        """Name what the rewards need."""
+        return [need for reward in self.rewards for need in reward.needs()]
+
+    def load(self) -> None:
+        """Load the rewards' networks."""
+        for reward in self.rewards:
+            reward.load()
+
+    def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
+        """Score images; the terms are the weighted rewards, named by class and place."""
+        scored = [reward(images, conditions) for reward in self.rewards]
+        names = [f"{i}_{type(reward).__name__}" for i, reward in enumerate(self.rewards, start=1)]
+        terms = {
+            name: weight * score.value
+            for name, weight, score in zip(names, self.weights, scored, strict=True)
+        }
+        parts = {
+            f"{name}/{part}": values
+            for name, score in zip(names, scored, strict=True)
+            for part, values in ({"value": score.value} | score.parts).items()
+        }
+        return Rewards(sum(terms.values()), parts, terms)

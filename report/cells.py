@@ -1,0 +1,66 @@
+"""Numbers as a reader wants them: with their interval, and with what they prove."""
+
+from typing import Any
+
+import pandas as pd
+
+from rl4med_ddpo.metrics.alignment import exact, readings
+from rl4med_ddpo.metrics.intervals import is_evidence, paired_share_difference
+from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+
+
+def paired_hits(runs: Runs) -> pd.DataFrame:
+    """Return for each sample whether SD and SD+RL drew all four artifacts as asked."""
+    manifests = {model: runs.manifest(model) for model in MODELS}
+    one, other = manifests.values()
+    if not one["id"].equals(other["id"]) or not one["noise_key"].equals(other["noise_key"]):
+        raise Missing("from samples of the same prompts and noise: score both models alike")
+    return pd.DataFrame(
+        {m: exact(table, readings(table, "judge")) for m, table in manifests.items()}
+    )
+
+
+def gain(hits: pd.DataFrame, rows: Any) -> str:
+    """Word the difference SD+RL - SD over some samples, in percentage points."""
+    some = hits[rows]
+    if not len(some):
+        return "-"
+    estimate = paired_share_difference(some["SD"].to_numpy(), some["SD+RL"].to_numpy())
+    low, high = (100 * bound for bound in estimate.interval)
+    said = "" if is_evidence(estimate.interval) else ", no evidence"
+    return f"{100 * estimate.value:+.1f} [{low:+.1f}, {high:+.1f}]{said}"
+
+
+def percent(entry: dict[str, Any]) -> str:
+    """Word a rate in percent with its interval."""
+    if entry["apr"] is None:
+        return "not estimable"
+    low, high = (100 * bound for bound in entry["apr_interval"])
+    return f"{100 * entry['apr']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def value_cell(entry: dict[str, Any] | None, digits: int) -> str:
+    """Word an entry of `metrics.json`; `!` marks one with a flag, `-` one that is not there."""
+    if entry is None or entry["value"] is None:
+        return "-"
+    text = f"{entry['value']:.{digits}f}"
+    if entry.get("interval"):
+        low, high = entry["interval"]
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return text + (" !" if entry.get("flag") else "")
+
+
+def score_cell(row: dict[str, Any], scale: float) -> str:
+    """Word a score of Table 4 with its interval."""
+    if pd.isna(row["value"]):
+        return "not estimable"
+    digits = 1 if scale > 1 else 3
+    value, low, high = (scale * row[name] for name in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def gain_cell(row: dict[str, Any]) -> str:
+    """Word the difference of an arm from real images alone, and what it proves."""
+    if pd.isna(row.get("difference", float("nan"))):
+        return "-"
+    return f"{row['difference']:+.3f}, {row['verdict']}"

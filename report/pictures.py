@@ -1,0 +1,124 @@
+"""The paper's Figures 1, 3 and 4: samples side by side, the first of each prompt and no choice."""
+
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+
+from rl4med_ddpo.datamodules.attributes import CONDITIONS, WORDS, short_name
+from rl4med_ddpo.datamodules.image_files import ImageFiles
+from rl4med_ddpo.datamodules.images import INPUT
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.metrics.alignment import TABLE_2, exact, prompt_numbers, readings
+from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+from rl4med_ddpo.report.sheet import table_sheet
+from rl4med_ddpo.report.tables import counts_of
+
+SHOWN = 5
+FEW_REAL = 20
+MOST_ROWS = 12
+
+
+def same_seed_figure(runs: Runs, path: Path) -> None:
+    """Draw Figure 1: the same prompt and noise, SD beside SD+RL."""
+    names = [name for name in ("MEL+hair", "NV+hair", "MEL+ink", "NV+ruler") if name in TABLE_2]
+    numbers = [_number(name) for name in names or list(TABLE_2)[:4]]
+    _side_by_side(runs, numbers, path, "Same prompt, same noise: the first samples of each prompt")
+
+
+def few_real_figure(runs: Runs, path: Path) -> None:
+    """Draw Figure 4: prompts that fewer than 20 training images answer."""
+    train = counts_of(runs)["subgroups"]["train"]
+    rare = [i for i, n in enumerate(train) if n < FEW_REAL]
+    if not rare:
+        raise Missing(f"for there are {FEW_REAL} training images of every prompt")
+    title = f"{len(rare)} prompts with fewer than {FEW_REAL} real training images"
+    if len(rare) > MOST_ROWS:
+        rare = rare[:: -(-len(rare) // MOST_ROWS)]
+        title += f", {len(rare)} of them shown"
+    _side_by_side(runs, rare, path, title, [f"{train[i]} real training images" for i in rare])
+
+
+def prompt_figure(runs: Runs, path: Path) -> None:
+    """Draw Figure 3: real test images of a prompt beside SD's and SD+RL's."""
+    data = _real_data(runs)
+    names = [n for n in ("NV+gel_bubble", "MEL+hair", "MEL+ruler", "NV+ink") if n in TABLE_2]
+    numbers = [_number(name) for name in names or list(TABLE_2)[:4]]
+    samples = {model: _Samples(runs, model) for model in MODELS}
+    size = samples["SD"].files.size
+    test = data.splits.test.sort_values("id", ignore_index=True)
+    real = ImageFiles(data.paths(test), size, data.resize)
+    of_prompt = prompt_numbers(test)
+    cells = [
+        [
+            [real[row] for row in (of_prompt == number).nonzero()[0][:SHOWN]],
+            *(samples[model].first(number) for model in MODELS),
+        ]
+        for number in numbers
+    ]
+    labels = [_title(number) for number in numbers]
+    table_sheet(cells, ("Real (test split)", *MODELS), labels, path, "The first images of a prompt")
+
+
+class _Samples:
+    """A model's samples by prompt."""
+
+    def __init__(self, runs: Runs, model: str) -> None:
+        self.manifest = runs.manifest(model)
+        folder = runs.samples_folder(model) / INPUT
+        paths = [folder / f"{name}.png" for name in self.manifest["id"]]
+        if not paths[0].exists():
+            raise Missing(f"from the images in {folder}, which are gone: run.py predict draws them")
+        with Image.open(paths[0]) as image:
+            self.files = ImageFiles(paths, image.width)
+        self.prompts = prompt_numbers(self.manifest)
+        self.hits = exact(self.manifest, readings(self.manifest, "judge"))
+
+    def rows(self, number: int) -> list[int]:
+        """Return the first rows of a prompt, by sample index."""
+        rows = pd.Series((self.prompts == number).nonzero()[0])
+        return rows.iloc[self.manifest["index"][rows].argsort()].tolist()[:SHOWN]
+
+    def first(self, number: int) -> list[Tensor]:
+        """Return the first images of a prompt."""
+        return [self.files[row] for row in self.rows(number)]
+
+    def right(self, number: int) -> str:
+        """Say how many of those the judge finds as asked."""
+        rows = self.rows(number)
+        return f"{int(self.hits[rows].sum())} of {len(rows)}"
+
+
+def _side_by_side(
+    runs: Runs, numbers: list[int], path: Path, title: str, remarks: list[str] | None = None
+) -> None:
+    samples = {model: _Samples(runs, model) for model in MODELS}
+    cells = [[samples[model].first(number) for model in MODELS] for number in numbers]
+    labels = []
+    for i, number in enumerate(numbers):
+        right = ", ".join(f"{model} {samples[model].right(number)}" for model in MODELS)
+        remark = f"  ({remarks[i]})" if remarks else ""
+        labels.append(f"{_title(number)}{remark}  as asked, by the judge: {right}")
+    table_sheet(cells, MODELS, labels, path, title)
+
+
+def _number(name: str) -> int:
+    return [short_name(c) for c in CONDITIONS].index(name)
+
+
+def _title(number: int) -> str:
+    return " + ".join(
+        WORDS[a].partition(" (")[0] for a in short_name(CONDITIONS[number]).split("+")
+    )
+
+
+def _real_data(runs: Runs) -> ISICDataModule:
+    known = next(
+        (r["provenance"]["data"] for r in runs.samples.values() if r["provenance"]["data"]), None
+    )
+    if known is None or not Path(known["root"]).is_dir():
+        raise Missing("from real images: score with --data.root FOLDER")
+    same = ("root", "artifacts_csv", "threshold", "split", "split_seed", "resize")
+    options = {name: known[name] for name in same}
+    return ISICDataModule(**options, images=known["images_folder"])

@@ -1,0 +1,145 @@
+"""Find the runs that a report is made of, and refuse to set beside each other what differs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rl4med_ddpo.datamodules.sample_tables import MANIFEST
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.report.results import METRICS, RESULTS
+
+MODELS = ("SD", "SD+RL")
+DEPTH = 4
+MAY_DIFFER = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
+              "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest")  # fmt: skip
+"""What differs between runs that compare: what is compared, and where things lie."""
+
+
+class Missing(Exception):
+    """Something to report is not there: the message names the command that makes it."""
+
+
+@dataclass
+class Runs:
+    """What was found.
+
+    Attributes:
+        samples: Results of SD and SD+RL, by model.
+        folders: Where each lies.
+        arms: Predictions of Table 4, by arm and seed.
+        classifiers: Their results.
+        files: All `results/metrics.json` that were read.
+    """
+
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    arms: dict[str, dict[int, pd.DataFrame]] = field(default_factory=dict)
+    classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    def samples_folder(self, model: str) -> Path:
+        """Find a model's samples: in its run folder, which may have moved, or where they were."""
+        scored = Path(self.samples[model]["provenance"]["samples_folder"])
+        beside = self.folders[model] / scored.name
+        return beside if (beside / MANIFEST).exists() else scored
+
+    def manifest(self, model: str) -> pd.DataFrame:
+        """Read the manifest of a model's samples, sorted by id."""
+        folder = self.samples_folder(model)
+        try:
+            return pd.read_csv(folder / MANIFEST).sort_values("id", ignore_index=True)
+        except OSError as error:
+            raise UserError(
+                f"the samples of {model} are not where they were scored: {error}.\n"
+                "  Draw them again: python run.py predict --config ddpo.yaml"
+            ) from error
+
+
+def find_runs(folders: Sequence[Path]) -> Runs:
+    """Read every `results/metrics.json` in or below some folders.
+
+    Raises:
+        UserError: if there is none, if one cannot be read, if two have the same model or the same
+            arm and seed, or if what must be equal is not.
+    """
+    patterns = ["*/" * depth + f"{RESULTS}/{METRICS}" for depth in range(DEPTH)]
+    paths = sorted({p.resolve() for f in folders for pattern in patterns for p in f.glob(pattern)})
+    if not paths:
+        raise UserError(
+            f"there is no {RESULTS}/{METRICS} in or below {', '.join(map(str, folders))}.\n"
+            "  Score something first: python run.py test --config ddpo.yaml"
+        )
+    runs, sources = Runs(files=paths), {}
+    for path in paths:
+        results = _read(path)
+        if results["kind"] == "samples":
+            key = results["model"]
+            runs.samples[key], runs.folders[key] = results, path.parent.parent
+        else:
+            key = f"{results['arm']}, seed {results['seed']}"
+            predictions = pd.read_csv(path.with_name("predictions.csv"))
+            runs.arms.setdefault(results["arm"], {})[results["seed"]] = predictions
+            runs.classifiers[key] = results
+        if key in sources:
+            raise UserError(
+                f"two runs of {key}: {sources[key].parent.parent} and {path.parent.parent}.\n"
+                "  Name the runs that belong together, one of each."
+            )
+        sources[key] = path
+    require_alike(runs.samples)
+    require_alike(runs.classifiers)
+    return runs
+
+
+def require_alike(results: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse results that rest on different things.
+
+    Raises:
+        UserError: naming each difference with both values.
+    """
+    if not results:
+        return
+    (first, one), *others = results.items()
+    for name, other in others:
+        ours, theirs = (_flat(r["provenance"]) for r in (one, other))
+        differing = [
+            f"    {key}: {ours.get(key)} in {first}, {theirs.get(key)} in {name}"
+            for key in dict.fromkeys([*ours, *theirs])
+            if ours.get(key) != theirs.get(key) and not _may_differ(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{first} and {name} do not rest on the same things, so their numbers do not "
+                "compare:\n" + "\n".join(differing) + "\n  Score them again, alike."
+            )
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == known or key.startswith(f"{known}.") for known in MAY_DIFFER)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, branch in tree.items()
+        for name, value in _flat(branch, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text())
+        if results["kind"] not in ("samples", "classifier"):
+            raise ValueError(f"kind {results['kind']!r}")
+        return results
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no result that can be reported ({type(error).__name__}: {error}).\n"
+            "  Score the run again: python run.py test"
+        ) from error

@@ -1,0 +1,252 @@
+"""The paper's tables, ours beside the paper's, as data frames of text."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from rl4med_ddpo.datamodules.attributes import CONDITIONS, WORDS, short_name
+from rl4med_ddpo.datamodules.describe import PAPER_REAL_SAMPLES, PAPER_TABLE_1, TABLE_ORDER
+from rl4med_ddpo.metrics.alignment import TABLE_2, prompt_numbers
+from rl4med_ddpo.metrics.augmentation import table_4
+from rl4med_ddpo.metrics.intervals import mcnemar
+from rl4med_ddpo.metrics.real_images import FEW
+from rl4med_ddpo.report import paper
+from rl4med_ddpo.report.cells import gain, gain_cell, paired_hits, percent, score_cell, value_cell
+from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+
+ARMS = {
+    "real": "Real",
+    "oversampling": "Real + oversampling",
+    "classical": "Real + classical",
+    "sd": "Real + SD",
+    "sd_rl": "Real + SD-RL",
+}
+TEST = "python run.py test --config ddpo.yaml"
+COMMANDS = {
+    "SD": f"{TEST} --model.policy null --trainer.default_root_dir runs/sd",
+    "SD+RL": TEST,
+    "table4": "python -m rl4med_ddpo.experiments.table_4 --classifier classifier.yaml --run runs",
+}
+
+
+class Table(NamedTuple):
+    """A table with what a reader needs to know.
+
+    Attributes:
+        title: One line.
+        rows: All text.
+        notes: Below the table.
+    """
+
+    title: str
+    rows: pd.DataFrame
+    notes: list[str]
+
+
+def require_models(runs: Runs) -> None:
+    """Raise Missing unless both models are scored."""
+    commands = [f"`{COMMANDS[m]}`" for m in MODELS if m not in runs.samples]
+    if commands:
+        raise Missing(f"made by: {', then '.join(commands)}")
+
+
+def counts_of(runs: Runs) -> dict[str, Any]:
+    """Return the counts of the real images, which any scored model has."""
+    for results in runs.samples.values():
+        if "counts" in results:
+            return results["counts"]
+    raise Missing(f"made by: `{COMMANDS['SD']} --data.root FOLDER` (with real images)")
+
+
+def split_table(runs: Runs) -> Table:
+    """Lay out Table 1: what the splits hold."""
+    counts = counts_of(runs)["table_1"]
+    rows = []
+    for name, count in counts.items():
+        rows.append({"split": name, **{c: f"{count[c]:,}" for c in ("images", *TABLE_ORDER)}})
+        if name in PAPER_TABLE_1:
+            known = (sum(PAPER_TABLE_1[name][:2]), *PAPER_TABLE_1[name])
+            columns = dict(zip(("images", *TABLE_ORDER), (f"{n:,}" for n in known), strict=False))
+            rows.append({"split": f"{name}, paper", **columns})
+    data = next(r["provenance"]["data"] for r in runs.samples.values() if "counts" in r)
+    note = (
+        f"Data {data['root']}, split {data['split']}, artifact present above {data['threshold']}."
+    )
+    return Table("Table 1. Images of each split", pd.DataFrame(rows), [note])
+
+
+def apr_table(runs: Runs) -> Table:
+    """Lay out Table 2: APR of the prompts that ask for one artifact, ours beside the paper's."""
+    require_models(runs)
+    rows = []
+    samples = next(
+        (r["counts"]["real_samples"] for r in runs.samples.values() if "counts" in r), {}
+    )
+    real = {f"{d}+{a}": n for d, row in samples.items() for a, n in row.items()}
+    rows.append({"": "# real samples", **{c: str(real.get(c, "-")) for c in TABLE_2}})
+    known = {f"{d}+{a}": n for d, row in PAPER_REAL_SAMPLES.items()
+             for a, n in zip(("hair", "gel_bubble", "ink", "ruler"), row, strict=True)}  # fmt: skip
+    rows.append({"": "# real samples, paper", **{c: str(known.get(c, "-")) for c in TABLE_2}})
+    for model in MODELS:
+        entries = runs.samples[model]["table_2"]
+        rows.append({"": f"{model}, APR %", **{c: percent(entries[c]) for c in TABLE_2}})
+        theirs = paper.TABLE_2[model]
+        rows.append({"": f"{model}, paper", **{c: f"{theirs.get(c, '-')}" for c in TABLE_2}})
+    both = paired_hits(runs)
+    asked = prompt_numbers(runs.manifest("SD"))
+    keys = [tuple(int(on) for on in c) for c in CONDITIONS.tolist()]
+    gains = {c: gain(both, asked == keys.index(key)) for c, key in TABLE_2.items()}
+    rows.append({"": "SD+RL - SD, points", **gains})
+    n = runs.samples["SD"]["table_2"][next(iter(TABLE_2))]["n"]
+    notes = [
+        f"n = {n} images a prompt, the same noise for both models; 95% Wilson intervals, paired "
+        "differences with Newcombe's; 'no evidence' where the interval holds 0.",
+    ]
+    return Table("Table 2. APR of prompts with one artifact", pd.DataFrame(rows), notes)
+
+
+def quality_table(runs: Runs) -> Table:
+    """Lay out Table 3: APR over all prompts, FID and LPIPS, and what stands in for them."""
+    require_models(runs)
+    columns = {model: _quality(runs.samples[model]) for model in MODELS}
+    for model in MODELS:
+        theirs = paper.TABLE_3[model]
+        columns[f"{model}, paper"] = {
+            "APR %": f"{theirs['apr']}", "FID": f"{theirs['fid']}", "LPIPS": f"{theirs['lpips']}",
+        }  # fmt: skip
+    table = pd.DataFrame(columns).reindex(columns["SD"]).rename_axis("score").reset_index()
+    notes = []
+    hits = paired_hits(runs)
+    everything = gain(hits, slice(None))
+    notes.append(f"APR, SD+RL - SD: {everything} points; McNemar p = {_mcnemar(hits):.2g}.")
+    some = runs.samples["SD+RL"]
+    if "features" in some:
+        network = some["features"]["classifier"]
+        notes.append(
+            f"classifier features: those of the judge ({network['network']}, "
+            f"{network['dimensions']} features, weights {_named(network)}); not "
+            "Inception's, so not FID. The floor is the distance of two real halves."
+        )
+        notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
+    notes += [f"Not to be had: {why}." for why in dict.fromkeys(some["unavailable"].values())]
+    return Table("Table 3. Alignment and quality over the 32 prompts", table.fillna("-"), notes)
+
+
+def augmentation_table(runs: Runs) -> Table:
+    """Lay out Table 4: the classifier with and without added images."""
+    absent = [arm for arm in ARMS if len(runs.arms.get(arm, {})) < 3]
+    if absent:
+        raise Missing(f"three seeds each of {', '.join(absent)} made by: `{COMMANDS['table4']}`")
+    scores = augmentation_scores(runs)
+    rows = []
+    for attribute in scores["attribute"].unique():
+        for arm, title in ARMS.items():
+            of_arm = scores[(scores["attribute"] == attribute) & (scores["arm"] == arm)]
+            cells = {row["score"]: row for row in of_arm.to_dict("records")}
+            row = {"attribute": WORDS[attribute], "training": title}
+            for score, name in (("f1", "F1"), ("accuracy", "accuracy %"), ("auroc", "AUROC")):
+                row[name] = score_cell(cells[score], 100 if score == "accuracy" else 1)
+                row[f"{name.split()[0]} vs real"] = gain_cell(cells[score])
+            theirs = paper.TABLE_4.get(arm, {}).get(attribute)
+            row["paper F1, accuracy"] = f"{theirs[0]:.2f}, {theirs[1]:.2f}" if theirs else "-"
+            rows.append(row)
+    first = scores.iloc[0]
+    notes = [
+        f"n = {first['n']} real test images, {first['seeds']} seeds; 95% intervals from lesions "
+        "resampled and from the spread over seeds; p corrected (Holm) over all comparisons of a "
+        "score; 'no evidence' where the interval of the difference holds 0 or p >= 0.05.",
+    ]
+    return Table("Table 4. The classifier on real and augmented data", pd.DataFrame(rows), notes)
+
+
+def augmentation_scores(runs: Runs) -> pd.DataFrame:
+    """Return every score of Table 4 with its interval and comparison, as numbers."""
+    order = {arm: runs.arms[arm] for arm in ARMS if arm in runs.arms}
+    first = next(iter(next(iter(order.values())).values()))
+    return table_4(order, [a for a in WORDS if f"p_{a}" in first])
+
+
+def subgroup_table(runs: Runs) -> Table:
+    """List all 32 subgroups: real images, what the judge makes of them, and both models' APR."""
+    require_models(runs)
+    hits, asked = paired_hits(runs), prompt_numbers(runs.manifest("SD"))
+    results = runs.samples["SD"]
+    counts = counts_of(runs)["subgroups"]
+    rows = []
+    for i, condition in enumerate(CONDITIONS):
+        name = short_name(condition)
+        real = results["real"]["prompts"][name]
+        row = {"subgroup": name, "train": str(counts["train"][i]), "test": str(real["n"])}
+        flag = f" ({real['flag']})" if real.get("flag") and real["n"] else ""
+        row["real test read right %"] = percent(real) + flag if real["n"] else "not estimable"
+        for model in MODELS:
+            row[f"{model} APR %"] = percent(runs.samples[model]["prompts"][name])
+        row["difference"] = gain(hits, asked == i)
+        rows.append(row)
+    total = {
+        "subgroup": "all",
+        "train": str(sum(counts["train"])),
+        "test": str(results["real"]["n"]),
+    }
+    total["real test read right %"] = percent(results["real"])
+    total |= {f"{m} APR %": percent(runs.samples[m]) for m in MODELS}
+    rows.append(total | {"difference": gain(hits, slice(None))})
+    sources = ", ".join(f"{s} {percent(e)}" for s, e in results["real"]["sources"].items())
+    absent = ", ".join(f"{a} {percent(e)}" for a, e in results["real"]["absent"].items())
+    notes = [
+        f"Flagged below n = {FEW}. Real test images by source: {sources}.",
+        f"Label noise caps APR: where a label says absent the judge agrees for {absent} %.",
+    ]
+    return Table("All 32 subgroups", pd.DataFrame(rows), notes)
+
+
+BUILDERS: Mapping[str, Callable[[Runs], Table]] = {
+    "table_1": split_table,
+    "table_2": apr_table,
+    "table_3": quality_table,
+    "table_4": augmentation_table,
+    "subgroups": subgroup_table,
+}
+
+
+def _named(network: dict[str, Any]) -> str:
+    """Name weights by their digest; results of before 0.2 have a sha256."""
+    return network.get("digest") or network["sha256"][:12]
+
+
+def _mcnemar(hits: pd.DataFrame) -> float:
+    one, other = hits["SD"], hits["SD+RL"]
+    return mcnemar(int((one & ~other).sum()), int((~one & other).sum()))
+
+
+def _quality(results: dict[str, Any]) -> dict[str, str]:
+    distances = results.get("distribution", {})
+    cells = {
+        "APR %": percent(results),
+        "APR6 %": percent(results["apr6"]) if "apr6" in results else "-",
+    }
+    inception = distances.get("inception", {})
+    cells["FID"] = value_cell(inception.get("frechet"), 2)
+    cells["KID"] = value_cell(inception.get("kernel"), 4)
+    cells["LPIPS"] = value_cell(results.get("lpips"), 3)
+    ours = distances.get("classifier", {})
+    for title, name, digits in (
+        ("kernel distance, classifier features", "kernel", 3),
+        ("kernel distance, real mix", "kernel_real_mix", 3),
+        ("Frechet distance, classifier features", "frechet", 2),
+        ("Frechet distance, real mix", "frechet_real_mix", 2),
+        ("Frechet distance, at the floor's n", "frechet_equal_n", 2),
+        ("noise floor, real against real", "noise_floor", 2),
+        ("precision", "precision", 2),
+        ("recall", "recall", 2),
+        ("density", "density", 2),
+        ("coverage", "coverage", 2),
+        ("diversity within a prompt", "diversity", 2),
+        ("of real images", "diversity_real", 2),
+    ):
+        cells[title] = value_cell(ours.get(name), digits)
+    if "copies" in results:
+        copies = results["copies"]
+        cells["copies of training images"] = f"{copies['copies']} of {copies['n']:,}"
+    return cells

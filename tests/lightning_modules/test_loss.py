@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.policy_gradient.loss import (
+    Means,
+    clipped_policy_loss,
+    require_unit_ratio,
+)
+
+CLIP = 0.1
+# log ratio, advantage: both signs, inside the range and beyond either end
+CASES = [(d, a) for d in (-0.5, -0.05, 0.0, 0.05, 0.5) for a in (-2.0, -0.5, 0.0, 1.0, 3.0)]
+
+
+def evaluate():
+    old = torch.linspace(-3, 3, len(CASES))
+    new = (old + torch.tensor([d for d, _ in CASES])).requires_grad_()
+    return new, clipped_policy_loss(new, old, torch.tensor([a for _, a in CASES]), (CLIP, CLIP))
+
+
+def test_loss_against_a_slow_scalar_loop():
+    _, fast = evaluate()
+    for i, (d, advantage) in enumerate(CASES):
+        ratio = math.exp(d)
+        loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - CLIP), 1 + CLIP))
+        assert fast.loss[i].item() == pytest.approx(loss, abs=1e-6)
+        assert fast.ratio[i].item() == pytest.approx(ratio, rel=1e-5)
+        assert fast.approximate_kl[i].item() == pytest.approx(ratio - 1 - d, abs=1e-6)
+
+
+def test_the_gradient_is_zero_exactly_where_the_clip_holds():
+    new, fast = evaluate()
+    fast.loss.sum().backward()
+    for i, (d, advantage) in enumerate(CASES):
+        # too far in the direction that the advantage asks for
+        beyond = (math.exp(d) > 1 + CLIP and advantage > 0) or (
+            math.exp(d) < 1 - CLIP and advantage < 0
+        )
+        assert bool(fast.clipped[i]) is beyond
+        assert (new.grad[i].item() == 0) is (beyond or advantage == 0)
+
+
+def test_the_unclipped_gradient_is_equation_2():
+    """-E[ p / p_old * A * grad log p ], for a policy whose density autograd differentiates."""
+    mean = torch.tensor(0.3, requires_grad=True)
+    actions, advantage = torch.linspace(-1, 1, 9), torch.linspace(-2, 3, 9)
+    old = torch.distributions.Normal(0.29, 1.0).log_prob(actions)
+    new = torch.distributions.Normal(mean, 1.0).log_prob(actions)
+    loss = clipped_policy_loss(new, old, advantage, clip_range=(10.0, 10.0)).loss.mean()
+    (ours,) = torch.autograd.grad(loss, mean)
+    # d log N(x; m, 1) / dm = x - m
+    ratio = torch.exp(((actions - 0.29) ** 2 - (actions - 0.3) ** 2) / 2)
+    expected = -(ratio * advantage * (actions - 0.3)).mean()
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_at_a_ratio_of_one_the_gradient_flows():
+    """On-policy both branches tie; half a gradient, or none, would train slowly and silently."""
+    new = torch.tensor([-1.0, -1.0], requires_grad=True)
+    clipped_policy_loss(
+        new, new.detach(), torch.tensor([2.0, -3.0]), (1e-4, 1e-4)
+    ).loss.sum().backward()
+    assert new.grad.tolist() == [-2.0, 3.0]
+
+
+@pytest.mark.parametrize("deviation", [1e-4, 0.5, math.nan, math.inf])
+def test_a_ratio_off_one_is_refused(deviation):
+    with pytest.raises(UserError, match=r"clip range 0\.0001 .* bf16-mixed is too low"):
+        require_unit_ratio(deviation, 1e-4, "bf16-mixed")
+
+
+def test_a_ratio_near_one_passes():
+    require_unit_ratio(9e-5, 1e-4, "32-true")
+
+
+def test_an_asymmetric_clip_holds_each_side_at_its_own():
+    log_ratios = torch.tensor([-0.3, -0.15, 0.15, 0.3], requires_grad=True)
+    for advantage, live in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
+        weights = torch.full((4,), advantage)
+        result = clipped_policy_loss(log_ratios, torch.zeros(4), weights, (0.2, 0.25))
+        (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratios)
+        assert [value != 0 for value in gradient.tolist()] == live
+        assert [not clipped for clipped in result.clipped.tolist()] == live
+
+
+def test_means_are_those_of_all_pairs_together():
+    draw = torch.Generator().manual_seed(0)
+    results = [
+        clipped_policy_loss(
+            torch.randn(n, generator=draw) * 0.1, torch.zeros(n), torch.randn(n, generator=draw),
+            (CLIP, CLIP),
+        ).penalised(torch.rand(n, generator=draw), 0.5)
+        for n in (3, 5, 4)
+    ]  # fmt: skip
+    first, second = Means(), Means()
+    for result, means in zip(results, (first, first, second), strict=True):
+        means.add(result)
+    found = Means.over([first, second])
+    columns = {"loss": "loss", "clip_fraction": "clipped", "approximate_kl": "approximate_kl"}
+    for name, column in (columns | {"reference_kl": "reference_kl"}).items():
+        every = torch.cat([getattr(result, column).float() for result in results])
+        assert found[name].item() == pytest.approx(every.mean().item(), rel=1e-5)
+    ratios = torch.cat([result.ratio for result in results[:2]])
+    assert first.deviation.item() == pytest.approx((ratios - 1).abs().max().item())
+    of_first = (results[0].ratio - 1).abs().max()
+    assert first.first_deviation.item() == pytest.approx(of_first.item())
+
+
+def test_a_nan_shows_in_the_deviation():
+    means = Means()
+    for value in (0.0, math.nan, 0.0):
+        one = torch.tensor([value])
+        means.add(clipped_policy_loss(one, torch.zeros(1), torch.ones(1), (CLIP, CLIP)))
+    assert math.isnan(means.deviation.item())

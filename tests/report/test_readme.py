@@ -1,0 +1,62 @@
+"""E13: what the README says of results is what the report's files say, link by link."""
+
+import json
+
+import pandas as pd
+
+from rl4med_ddpo.foundation.hashes import sha256_of
+from rl4med_ddpo.report.readme import FOLDER, ROOT, demo_table, rendered, taken
+from rl4med_ddpo.report.report import markdown
+
+REPORT = ROOT / FOLDER
+
+
+def test_the_readmes_tables_are_those_of_the_report():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count(f"<!-- {FOLDER}/") >= 5
+    assert rendered(readme) == readme
+
+
+def test_the_reports_tables_are_those_of_its_manifest():
+    hashes = json.loads((REPORT / "manifest.json").read_text())
+    tables = {path.name: sha256_of(path) for path in REPORT.glob("*.csv")}
+    assert tables == hashes["tables"]
+    for name in ("table_1", "table_2", "table_3", "table_4", "subgroups"):
+        rows = pd.read_csv(REPORT / f"{name}.csv", dtype=str, keep_default_na=False)
+        rows = rows.rename(columns={"Unnamed: 0": ""})
+        assert markdown(rows) in (REPORT / f"{name}.md").read_text()
+
+
+def test_the_demos_table_is_that_of_its_scores():
+    demos = json.loads((REPORT / "demo.json").read_text())
+    assert (REPORT / "demo.md").read_text() == demo_table(demos)
+    made_of = json.loads((REPORT / "manifest.json").read_text())["made of"]
+    assert {"sd/results/metrics.json", "ddpo/results/metrics.json"} <= made_of.keys()
+
+
+def finished_demo(run, seed, before):
+    (run / "report").mkdir(parents=True)
+    (run / "report" / "table_3.md").write_text(f"## Table 3\n\n| a |\n| --- |\n| {seed} |\n")
+    sd = {"apr": before, "apr_interval": [before - 0.02, before + 0.02], "n": 2048, "reward": 0.9}
+    results = {
+        "sd": {**sd, "provenance": {"sampler": {"seed": seed}}},
+        "sd_rl": {**sd, "apr": 0.9, "apr_interval": [0.89, 0.91], "reward": 0.97},
+        "ceiling": {"apr": 1.0, "apr_interval": [0.99, 1.0], "n": 750},
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def test_finished_demos_are_taken_into_the_readme(tmp_path):
+    runs = [finished_demo(tmp_path / f"run{i}", i, before) for i, before in enumerate((0.6, 0.8))]
+    taken(runs, tmp_path)
+    text = "".join(
+        f"<!-- {FOLDER}/{name}.md -->\nold\n<!-- end -->\n" for name in ("demo", "table_3")
+    )
+    shown = rendered(text, tmp_path)
+    assert "old" not in shown
+    assert "| `make demo` | 60.0 [58.0, 62.0] | 90.0 [89.0, 91.0] | 100.0 | 75% |" in shown
+    assert "| `make demo SEED=1 RUN=runs/demo1` | 80.0 [78.0, 82.0] |" in shown
+    assert "| 50% | 0.900 to 0.970 |" in shown
+    assert "| 0 |\n<!-- end -->" in shown
+    assert rendered(shown, tmp_path) == shown

@@ -1,0 +1,231 @@
+"""The report from results on disk, written here by hand as `test` would leave them."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.attributes import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    PROMPTS,
+    short_name,
+)
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.metrics.alignment import alignment, exact, leakage, readings
+from rl4med_ddpo.metrics.augmentation import table_4
+from rl4med_ddpo.metrics.real_images import real_rates
+from rl4med_ddpo.report.report import markdown
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("isic") / "data"
+    DermoscopyFolder(root, images=96, size=16, combinations="balanced").write()
+    return ISICDataModule(str(root), size=16)
+
+
+def manifest(seed, skill):
+    """Samples of each prompt, each attribute read as asked with probability `skill`."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(N * 32):
+        condition = CONDITIONS[index % 32].int().tolist()
+        row = {"id": f"{short_name(CONDITIONS[index % 32]).replace('+', '_')}_{index:06d}"}
+        row |= {"prompt": PROMPTS[index % 32], **dict(zip(ATTRIBUTES, condition, strict=True))}
+        row |= {"index": index, "noise_key": index * 7, "reward": rng.random()}
+        for reader, attributes in (("judge", ARTIFACTS), ("reward", ATTRIBUTES)):
+            for a in attributes:
+                right = rng.random() < skill
+                row[f"{reader}_{a}"] = 0.9 if bool(row[a]) == right else 0.1
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_samples(run, model, table, data, **provenance):
+    folder = run / "samples"
+    (folder / "ISIC_2019_Training_Input").mkdir(parents=True)
+    for name in table["id"]:
+        grey = Image.new("RGB", (16, 16), (90, 60, 120))
+        grey.save(folder / "ISIC_2019_Training_Input" / f"{name}.png")
+    table.to_csv(folder / "manifest.csv", index=False)
+    test = data.splits.test
+    results = {
+        "kind": "samples", "model": model, **alignment(table),
+        "unavailable": {"fid": "no Inception weights here: fetch it"},
+        "provenance": {
+            "sampler": {"seed": 0, "digest of unet": model}, "samples": len(table),
+            "samples_folder": str(folder), "data": data_provenance(data), "policy": model,
+            "judge": {"sha256": "aa"}, **provenance,
+        },
+        "real": real_rates(test, test[list(ARTIFACTS)].to_numpy() == 1),
+        "counts": data_counts(data),
+    }  # fmt: skip
+    write_json(run / "results" / "metrics.json", results)
+
+
+def write_json(path, results):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+
+
+def write_arm(root, arm, seed, skill, luck):
+    rng = np.random.default_rng(luck)
+    truth = np.arange(300) % 3 == 0
+    table = pd.DataFrame({"id": np.arange(300), "lesion_id": "", "source": "X"})
+    for a in ATTRIBUTES:
+        logit = (2 * truth - 1) * skill + rng.normal(size=300)
+        table[a], table[f"p_{a}"] = truth.astype(int), 1 / (1 + np.exp(-logit))
+    run = root / "table4" / arm / f"seed_{seed}"
+    write_json(
+        run / "results" / "metrics.json",
+        {"kind": "classifier", "arm": arm, "seed": seed, "provenance": {"data": "same"}},
+    )
+    table.to_csv(run / "results" / "predictions.csv", index=False)
+
+
+@pytest.fixture
+def runs(data, tmp_path):
+    write_samples(tmp_path / "sd", "SD", manifest(0, 0.6), data)
+    write_samples(tmp_path / "ddpo", "SD+RL", manifest(1, 0.97), data)
+    arms = (("real", 1, 0), ("oversampling", 1, 5), ("classical", 1, 7), ("sd", 1, 9))
+    for arm, skill, luck in (*arms, ("sd_rl", 4, 0)):
+        for seed in range(3):
+            write_arm(tmp_path, arm, seed, skill, luck + seed)
+    return tmp_path
+
+
+def test_runs_that_were_moved_are_reported(runs, tmp_path):
+    moved = runs.rename(tmp_path.with_name(f"{tmp_path.name}_moved"))
+    main(["report", str(moved)])
+    assert "Figure 1" in (moved / "report" / "report.md").read_text()
+    with Image.open(moved / "report" / "figure_1.png") as image:
+        assert min(image.size) > 150
+
+
+def test_all_tables_and_figures_come_out_of_finished_runs(runs):
+    main(["report", str(runs)])
+    made = {path.name for path in (runs / "report").iterdir()}
+    for table in ("table_1", "table_2", "table_3", "table_4", "subgroups"):
+        assert {f"{table}.md", f"{table}.csv", f"{table}.tex"} <= made
+    for figure in ("figure_1.png", "figure_3.png", "figure_4.png", "leakage.png"):
+        with Image.open(runs / "report" / figure) as image:
+            assert min(image.size) > 150
+        assert figure in (runs / "report" / "report.md").read_text()
+    assert list((runs / "report" / "tensorboard").glob("events*"))
+    assert "missing" not in (runs / "report" / "report.md").read_text()
+
+
+def test_the_tables_hold_our_numbers_beside_the_papers(runs):
+    main(["report", str(runs), "--output", str(runs / "out")])
+    read = {name: pd.read_csv(runs / "out" / f"{name}.csv", index_col=0) for name in
+            ("table_1", "table_2", "table_3", "subgroups")}  # fmt: skip
+    assert read["table_1"].loc["train, paper", "images"] == "12,004"
+    shown = manifest(1, 0.97)
+    hits = exact(shown, readings(shown, "judge"))
+    ink = hits[(shown["prompt"] == "a dermoscopic image with melanoma (MEL) showing ink")]
+    assert read["table_2"].loc["SD+RL, APR %", "MEL+ink"].startswith(f"{100 * ink.mean():.1f} [")
+    assert float(read["table_2"].loc["SD, paper", "MEL+ruler"]) == 76.56
+    apr = read["table_3"].loc["APR %"]
+    assert apr["SD+RL"].startswith(f"{100 * hits.mean():.1f} [")
+    assert apr["SD+RL, paper"] == "63.14"
+    assert read["table_3"].loc["FID", "SD"] == "-"
+    assert "no Inception weights here: fetch it" in (runs / "out" / "table_3.md").read_text()
+    table = read["subgroups"]
+    assert len(table) == 33
+    for split in ("train", "test"):
+        assert table[split].astype(int)[:-1].sum() == int(table[split].iloc[-1])
+    assert "not estimable" in table["real test read right %"].to_list()
+    verdicts = pd.read_csv(runs / "out" / "table_4.csv")
+    by_arm = verdicts.groupby("training")["F1 vs real"]
+    assert by_arm.get_group("Real + SD-RL").str.endswith("better").sum() >= 4
+    assert by_arm.get_group("Real + SD").str.endswith("no evidence").all()
+    tex = (runs / "out" / "table_2.tex").read_text()
+    assert re.search(r"\\begin\{tabular\}\{l{9}\}", tex)
+    assert r"APR \%" in tex
+    assert not re.search(r"(?<!\\)[%#_]", tex)
+
+
+def test_what_is_missing_names_the_command_that_makes_it(runs):
+    (runs / "ddpo" / "results" / "metrics.json").unlink()
+    for path in (runs / "table4" / "sd_rl").rglob("metrics.json"):
+        path.unlink()
+    main(["report", str(runs)])
+    page = (runs / "report" / "report.md").read_text()
+    assert "**Table 3** is missing, made by: `python run.py test --config ddpo.yaml`" in page
+    assert re.search(
+        r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python table4", page
+    )
+    assert "Figure 1. The same noise, SD beside SD+RL** is missing" in page
+    assert "## Table 1" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"judge": {"sha256": "bb"}}, "judge.sha256: aa in SD+RL, bb in SD"),
+        ({"sampler": {"seed": 1}}, "sampler.seed: 0 in SD+RL, 1 in SD"),
+        ({"samples": 7}, "samples: 96 in SD+RL, 7 in SD"),
+    ],
+)
+def test_runs_that_rest_on_different_things_are_refused(runs, change, says):
+    path = runs / "sd" / "results" / "metrics.json"
+    results = json.loads(path.read_text())
+    results["provenance"] |= change
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match=re.escape(says)):
+        main(["report", str(runs)])
+    assert not (runs / "report").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["nowhere"]])
+def test_folders_that_are_none(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, SystemExit)):
+        main(["report", *given])
+
+
+def test_a_folder_without_results_says_what_to_run(tmp_path):
+    with pytest.raises(UserError, match=r"python run\.py test --config ddpo\.yaml"):
+        main(["report", str(tmp_path)])
+
+
+def test_leakage_counts_what_the_networks_read():
+    table = manifest(2, 0.7)
+    matrix = leakage(table)
+    assert matrix.shape == (32, 6)
+    for name, condition, prompt in zip(matrix.index, CONDITIONS, PROMPTS, strict=True):
+        rows = table[table["prompt"] == prompt]
+        assert name == short_name(condition)
+        assert matrix.loc[name, "ink"] == (rows["judge_ink"] > 0.5).mean()
+        assert matrix.loc[name, "NV"] == (rows["reward_NV"] > 0.5).mean()
+
+
+def test_a_table_as_markdown():
+    rows = pd.DataFrame({"a": ["1", "2"], "b": ["x", "y"]})
+    assert markdown(rows) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+def test_the_report_computes_table_4_as_its_formula_does(runs):
+    main(["report", str(runs)])
+    numbers = pd.read_csv(runs / "report" / "table_4_numbers.csv")
+    arms = {}
+    for path in sorted((runs / "table4").rglob("predictions.csv")):
+        seed = json.loads(path.with_name("metrics.json").read_text())["seed"]
+        arms.setdefault(path.parts[-4], {})[seed] = pd.read_csv(path)
+    expected = table_4(
+        {a: arms[a] for a in ("real", "oversampling", "classical", "sd", "sd_rl")}, ["ink"]
+    )
+    found = numbers[numbers["attribute"] == "ink"]
+    np.testing.assert_allclose(found["value"], expected["value"])
+    np.testing.assert_allclose(found["p"].dropna(), expected["p"].dropna())

@@ -1,0 +1,1 @@
+"""What tests share: tiny networks and runs, and real processes to start and to kill."""

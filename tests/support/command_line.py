@@ -1,0 +1,66 @@
+"""The real command line at a size that runs in seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.attributes import PROMPTS
+
+ROOT = Path(__file__).parents[2]
+
+
+def ddpo(folder, pipeline, classifiers, *more):
+    """Options that make ddpo.yaml tiny."""
+    return [
+        "fit",
+        "--config=ddpo.yaml",
+        f"--model.pipeline={pipeline}",
+        f"--model.judge={classifiers['judge']}",
+        f"--model.reward.classifier={classifiers['reward']}",
+        "--model.steps=4",
+        "--model.guidance=3.0",
+        "--model.clip_range=0.01",
+        "--model.std_floor=0.01",
+        f"--data.prompts=[{', '.join(map(repr, PROMPTS[::8]))}]",
+        "--data.samples_per_epoch=16",
+        "--data.validation_samples_per_prompt=1",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.accelerator=cpu",
+        "--trainer.check_val_every_n_epoch=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        *more,
+    ]
+
+
+def in_process(*args):
+    """Run the command line here."""
+    return main(list(args))
+
+
+def as_process(cwd, *args):
+    """Run `python run.py` as a user does."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def start_process(cwd, *args, **variables):
+    """Start `python run.py` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")} | variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )

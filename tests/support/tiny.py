@@ -1,0 +1,114 @@
+"""What trains in a second: a quiet trainer, and a DDPO that lets one look at what it did."""
+
+import logging
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMatch
+
+
+class RecordedDDPO(DDPO):
+    """DDPO that keeps its rollouts and advantages, and the weights and gradients of each step."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.rollouts, self.orders, self.given, self.steps_taken = [], [], [], []
+
+    def rollout(self, batch, order):
+        self.orders.append(order)
+        self.rollouts.append(super().rollout(batch, order))
+        return self.rollouts[-1]
+
+    def rescored(self, *args):
+        self.rollouts[-1] = super().rescored(*args)
+        return self.rollouts[-1]
+
+    def advantages(self, *args):
+        self.given.append(super().advantages(*args))
+        return self.given[-1]
+
+    def on_before_optimizer_step(self, optimizer):
+        weights = [p.detach().clone() for p in self.trained_parameters()]
+        gradients = [p.grad.clone() for p in self.trained_parameters()]
+        self.steps_taken.append((weights, gradients))
+
+
+def tiny_ddpo(pipeline, classifiers, kind=RecordedDDPO, **options):
+    defaults = {
+        "pipeline": pipeline,
+        "judge": classifiers["judge"],
+        "reward": AttributeMatch(classifiers["reward"]),
+        "steps": 4,
+        "guidance": 3.0,
+        "clip_range": 1e-2,
+        "sample_batch": 8,
+        "micro_batch": 8,
+        # every group's ties are broken by its odd samples, so that many pairs train
+        "std_floor": 0.01,
+    }
+    return kind(**(defaults | options))
+
+
+def prompts(samples=16, number=4, **options):
+    """A few prompts, as different as they come."""
+    chosen = [PROMPTS[i * 31 // (number - 1)] for i in range(number)]
+    defaults = {
+        "prompts": chosen,
+        "samples_per_epoch": samples,
+        "validation_samples_per_prompt": 0,
+        "test_samples_per_prompt": 2,
+    }
+    return ISICPromptDataModule(**(defaults | options))
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def distance(one, other):
+    """Largest difference between two states, relative to the largest weight."""
+    assert one.keys() == other.keys()
+    size = max(tensor.abs().max() for tensor in one.values())
+    return max((one[k] - other[k]).abs().max() for k in one).item() / size.item()
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def quiet_trainer(folder, **options):
+    """A trainer on the CPU that shows and writes nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**(defaults | options))
+
+
+def fitted(path, backbone, attributes, seed):
+    """The checkpoint of a classifier after one epoch of two batches of noise."""
+    draw = torch.Generator().manual_seed(seed)
+    batch = {
+        "image": torch.rand(8, 3, 16, 16, generator=draw),
+        "condition": CONDITIONS[:8],
+        "prompt": list(PROMPTS[:8]),
+        "id": [f"image_{i}" for i in range(8)],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = AttributeClassifier(backbone, False, attributes, image_size=32, dropout=0.0)
+        trainer = quiet_trainer(path.parent, max_epochs=1)
+        trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
+    trainer.save_checkpoint(path)
+    return str(path)
