@@ -21,6 +21,7 @@ from rl4med_ddpo.datamodules.drawing import draw
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import signal_to_noise
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from rl4med_ddpo.metrics.apr import as_asked
 
 BATCH, SAMPLES = 32, 128
 
@@ -54,16 +55,15 @@ def measure(
     decoded = torch.cat([round_trip(parts, part) for part in images.split(BATCH)])
     samples = sample(parts, repeats, steps, eta, guidance, seed)
     read, reread, seen = (network(x) > 0 for x in (images, decoded, samples))
-    right = seen == asked
     scores = {
         "images": len(images),
-        "read right from originals": share(read == asked),
-        "read alike from reconstructions": share(read == reread),
+        "read right from originals": share(read, asked),
+        "read alike from reconstructions": share(read, reread),
         "psnr of reconstructions, dB": signal_to_noise(decoded, images).mean().item(),
-        "APR (four artifacts)": share(right[:, : len(ARTIFACTS)]),
-        "APR6 (all attributes)": share(right),
+        "APR (four artifacts)": share(seen[:, : len(ARTIFACTS)], asked[:, : len(ARTIFACTS)]),
+        "APR6 (all attributes)": share(seen, asked),
     }
-    each = right.float().mean(dim=0).tolist()
+    each = (seen == asked).float().mean(dim=0).tolist()
     return scores | {f"samples right in {a}": r for a, r in zip(ATTRIBUTES, each, strict=True)}
 
 
@@ -107,9 +107,9 @@ def sample(
     return torch.cat(batches)
 
 
-def share(hits: Tensor) -> float:
-    """Return the share of rows, `(N, H)` bool, that are true throughout."""
-    return hits.all(dim=1).float().mean().item()
+def share(present: Tensor, asked: Tensor) -> float:
+    """Return the share of images that show exactly what was asked for, both `(N, H)` bool."""
+    return as_asked(present, asked).float().mean().item()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Epoch, Stopwatch, now, peak_flops, peak_memory, summary
@@ -45,21 +46,28 @@ class Timed(DDPO):
         """Nothing: there is no judge."""
         return []
 
-    def load_scorers(self) -> None:
-        """Load the reward alone."""
-        self.reward.load()
+    def make_scorer(self) -> nn.Module:
+        """Do without a judge."""
+        return nn.Identity()
 
     def configure_model(self) -> None:
         """Put a clock on each network."""
         super().configure_model()
         watch = self.parts
-        self.embed = watch.timed("text", self.embed)
-        self.decode = watch.timed("vae", self.decode)
+        self.model.embed = watch.timed("text", self.model.embed)
+        self.model.decode = watch.timed("vae", self.model.decode)
         self.reward.forward = watch.timed("reward", self.reward.forward)
-        self.guided_noise = watch.timed("unet_forward", self.guided_noise)
+        self.model.guided_noise = watch.timed("unet_forward", self.model.guided_noise)
         self.manual_backward = watch.timed("backward", self.manual_backward)
         if isinstance(self, OnePassDDPO):
-            self.backward_of = watch.timed("backward", self.backward_of)
+            self.sampler.after_step = watch.timed("backward", self.sampler.after_step)
+        collect = self.sampler.collect
+
+        def timed(*args: Any) -> Any:
+            with self.phases.part("rollout"):
+                return collect(*args)
+
+        self.sampler.collect = timed
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Time an epoch; one more after the last has its operations counted instead."""
@@ -84,11 +92,6 @@ class Timed(DDPO):
         with FlopCounterMode(display=False) as counter:
             super().training_step(batch, batch_idx)
         self.flops = counter.get_total_flops()
-
-    def rollout(self, *args: Any) -> Any:
-        """Time the rollout."""
-        with self.phases.part("rollout"):
-            return super().rollout(*args)
 
     def update(self, *args: Any) -> Any:
         """Time an update."""

@@ -37,7 +37,7 @@ from rl4med_ddpo.metrics.pairs import Pairs, draw_pairs
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.figures import leakage_figure
 from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
-from rl4med_ddpo.report.sheet import pair_sheet
+from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
 
 class Evaluation(Callback):
@@ -101,7 +101,7 @@ class Evaluation(Callback):
         if self.data is None:
             why = "no real images to compare with: give the ISIC folder as --data.root"
             return networks, dict.fromkeys(("fid", "kid", "lpips", "copies", "diversity"), why)
-        networks["classifier"] = classifier_features(pl_module.judge.module)
+        networks["classifier"] = classifier_features(pl_module.scorer.judge.module)
         try:
             networks["inception"] = inception_features(self.inception)
         except Unavailable as why:
@@ -123,7 +123,7 @@ class Evaluation(Callback):
     ) -> dict[str, Any]:
         """Compare the samples with real images; every process takes part."""
         sets = self._image_sets(manifest)
-        looks = [*self.networks.values(), _thumbnails, _read_by(pl_module.judge)]
+        looks = [*self.networks.values(), _thumbnails, _read_by(pl_module.scorer.judge)]
         workers = self.data.num_workers
         found = {
             name: extract(sets[name], looks if name != "train" else [_thumbnails], trainer, workers)
@@ -154,15 +154,14 @@ class Evaluation(Callback):
         write_csv(
             folder / "nearest.csv", nearest[["id", "nearest", "distance", "copy"]], index=False
         )
-        pair_sheet(
-            [sets["fake"][row] for row in nearest["sample"]],
-            [sets["train"][row] for row in nearest["train"]],
-            [
-                f"{a} / {b}  d={d:.3f}{' COPY' if copy else ''}"
-                for a, b, d, copy in nearest[["id", "nearest", "distance", "copy"]].values
-            ],
-            folder / "nearest.png",
-        )
+        panels = [
+            Panel([sets["fake"][sample], sets["train"][row]], _nearness(pair, distance, copy))
+            for sample, row, *pair, distance, copy in nearest[
+                ["sample", "train", "id", "nearest", "distance", "copy"]
+            ].to_numpy()
+        ]
+        drawn = sheet(in_rows(panels, 4), title="sample, and its nearest training image")
+        save_png(drawn, folder / "nearest.png")
         return results
 
     def _perceptual(
@@ -215,7 +214,7 @@ class Evaluation(Callback):
             "policy": pl_module.hparams.policy,
             "judge": {
                 "checkpoint": pl_module.hparams.judge,
-                "digest": weights_digest(pl_module.judge.module),
+                "digest": weights_digest(pl_module.scorer.judge.module),
             },
             "reward": {
                 "class": type(pl_module.reward).__name__,
@@ -254,3 +253,7 @@ def _lpips(network: torch.nn.Module, pairs: torch.Tensor) -> torch.Tensor:
 
 def _read_by(judge: torch.nn.Module) -> Any:
     return lambda images: judge(images.float() / 255)
+
+
+def _nearness(pair: list[str], distance: float, copy: bool) -> str:
+    return f"{pair[0]} / {pair[1]} d={distance:.3f}{' COPY' if copy else ''}"

@@ -1,64 +1,67 @@
 """What an epoch of DDPO will do, counted and estimated before the first rollout."""
 
-import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import blank_pairs, blank_rollout
 
 
-class Epoch(NamedTuple):
-    """The sizes that decide an epoch.
+class Preflight(Callback):
+    """Prints the sizes of an epoch and its estimated seconds before DDPO's first rollout.
 
-    Attributes:
-        samples: Images, over all processes.
-        ranks: Processes.
-        sample_batch: Images sampled at a time on each.
-        steps: Denoising steps of an image.
-        trained_steps: Of these, how many each image trains in an inner epoch.
-        micro_batch: (sample, step) pairs a pass.
-        updates: Optimizer steps of an inner epoch.
-        inner_epochs: Rounds over one rollout.
-        latent_bytes: Of one image's trajectory.
-        on_host: Whether the trajectories are kept in the host's memory.
+    Other modules pass unnoticed.
     """
 
-    samples: int
-    ranks: int
-    sample_batch: int
-    steps: int
-    trained_steps: int
-    micro_batch: int
-    updates: int
-    inner_epochs: int
-    latent_bytes: int
-    on_host: bool
+    def __init__(self) -> None:
+        self.is_done = False
 
-    @property
-    def samples_per_rank(self) -> int:
-        """Images that each process samples."""
-        return self.samples // self.ranks
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count again for each run."""
+        self.is_done = False
 
-    @property
-    def batches(self) -> int:
-        """Batches that each process samples."""
-        return math.ceil(self.samples_per_rank / self.sample_batch)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count and time before the first rollout."""
+        if self.is_done or not isinstance(pl_module, DDPO):
+            return
+        self.is_done = True
+        epoch = pl_module.epoch_of(len(batch["prompt"]))
+        with trainer.precision_plugin.forward_context():
+            step, training = measured(pl_module, epoch)
+        rank_zero_info(table(epoch, *seconds_of(epoch, step, training)))
 
-    @property
-    def optimizer_steps(self) -> int:
-        """Optimizer steps, one reduction of the gradients each."""
-        return self.updates * self.inner_epochs
 
-    @property
-    def passes(self) -> int:
-        """Training passes of an update on each process."""
-        pairs = self.samples_per_rank // self.updates * self.trained_steps
-        return math.ceil(pairs / self.micro_batch)
+def measured(policy: DDPO, epoch: Epoch) -> tuple[float, float]:
+    """Time one denoising step of a batch and one training pass; nothing is changed by them."""
+    model, n = policy.model, epoch.sample_batch
+    rollout = blank_rollout(epoch.steps, model.latent_shape, policy.device)
+    state, _ = rollout.transitions(*blank_pairs(n, epoch.steps)[:2])
+    step = torch.zeros(n, dtype=torch.long, device=policy.device)
+    pairs = blank_pairs(epoch.micro_batch, epoch.steps)
+
+    def sample() -> None:
+        with torch.no_grad():
+            model.guided_noise(state, step, model.embed([""] * n), model.embed([""])[0])
+
+    def train() -> None:
+        loss = policy.objective(rollout, pairs).loss.sum()
+        torch.autograd.grad(loss, policy.trained_parameters())
+
+    return seconds(sample, policy.device), seconds(train, policy.device)
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
     """Time the second of two runs on the wall; the first warms up."""
+    started = 0.0
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -69,16 +72,30 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def table(epoch: Epoch, batch_step_seconds: float, pass_seconds: float) -> str:
+def seconds_of(epoch: Epoch, step: float, training: float) -> tuple[float, float]:
+    """Estimate the seconds of an epoch's sampling, and of its training at most.
+
+    Args:
+        epoch: Its sizes.
+        step: Seconds of one denoising step of one batch.
+        training: Of one training pass, forward and backward.
+    """
+    passes = epoch.optimizer_steps * epoch.passes
+    if not epoch.one_pass:
+        return epoch.batches * epoch.steps * step, passes * training
+    trained = epoch.trained_steps / epoch.steps
+    both = training * epoch.sample_batch / epoch.micro_batch
+    return epoch.batches * epoch.steps * (trained * both + (1 - trained) * step), 0.0
+
+
+def table(epoch: Epoch, sampling: float, training: float) -> str:
     """Lay out an epoch's numbers, one a line.
 
     Args:
         epoch: Its sizes.
-        batch_step_seconds: Of one denoising step of one batch.
-        pass_seconds: Of one training pass, forward and backward.
+        sampling: Seconds of the rollout.
+        training: Seconds of the updates, at most.
     """
-    sampling = epoch.batches * epoch.steps * batch_step_seconds
-    training = epoch.optimizer_steps * epoch.passes * pass_seconds
     megabytes = epoch.samples_per_rank * epoch.latent_bytes / 1e6
     rows = [
         ("samples", epoch.samples, "an epoch, by all processes"),

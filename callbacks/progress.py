@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from rl4med_ddpo.foundation.progress import progress
+
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -23,9 +25,9 @@ def steady(bar: Tqdm) -> Tqdm:
 class InnerProgressBar(TQDMProgressBar):
     """Lightning's progress bar, with another below it for what a single step is doing.
 
-    The module tells by `report_progress(phase, done, total)`. Where the output is no terminal,
-    as in the log of a cluster's job, there are lines in place of bars: one an epoch with the
-    metrics, and not more than one a minute in between.
+    It shows what is reported to `progress` with a length. Where the output is no terminal, as in
+    the log of a cluster's job, there are lines in place of bars: one an epoch with the metrics, and
+    not more than one a minute in between.
 
     Args:
         refresh_rate: Batches between two updates of the outer bar; 0 shows nothing.
@@ -36,11 +38,10 @@ class InnerProgressBar(TQDMProgressBar):
         self._inner: dict[str, Tqdm] = {}
         self._lines = False
         self._last_line = 0.0
-        self._silent: Any = None
         self._batch = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen to the module, on rank 0."""
+        """Listen to the run, on rank 0."""
         super().setup(trainer, pl_module, stage)
         if self.is_disabled and not self._lines:
             return
@@ -48,10 +49,7 @@ class InnerProgressBar(TQDMProgressBar):
         self._last_line = time.monotonic()
         if self._lines:
             self.disable()
-        if hasattr(pl_module, "report_progress"):
-            self._silent = pl_module.report_progress
-            # a function: a bound method would drag this callback into deep copies of the module
-            pl_module.report_progress = lambda *report: self._report(*report)
+        progress.subscribe(self._report)
 
     def init_sanity_tqdm(self) -> Tqdm:
         """Lightning's bar of the validation before training."""
@@ -74,10 +72,8 @@ class InnerProgressBar(TQDMProgressBar):
         return steady(super().init_predict_tqdm())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the module report nothing again."""
-        if self._silent is not None:
-            pl_module.report_progress = self._silent
-            self._silent = None
+        """Listen no more, and close the bars."""
+        progress.unsubscribe(self._report)
         for phase in list(self._inner):
             self._inner.pop(phase).close()
 
@@ -120,6 +116,8 @@ class InnerProgressBar(TQDMProgressBar):
         self._batch = f", batch {batch_idx + 1} of {self.total_predict_batches_current_dataloader}"
 
     def _report(self, phase: str, done: int, total: int) -> None:
+        if not total:
+            return
         if not self._lines:
             self._move(phase, done, total)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:

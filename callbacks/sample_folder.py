@@ -47,12 +47,25 @@ class SampleFolder(Callback):
         self.threads = torch.get_num_threads()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare the folder's settings with these, and tell the module what is there."""
+        """Compare the folder's settings with these."""
         # a batch of another process, or one drawn before, gives None
         warnings.filterwarnings("ignore", "predict returned None")
         self._open(trainer, pl_module)
 
     on_test_start = on_predict_start
+
+    def on_predict_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say in the batch which of its samples are there already."""
+        batch["drawn"] = [is_whole(self.path_of(name)) for name in _ids(batch)]
+
+    on_test_batch_start = on_predict_batch_start
 
     def on_predict_batch_end(
         self,
@@ -71,16 +84,11 @@ class SampleFolder(Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the tables on rank 0, once all processes are done."""
         self._close(trainer, pl_module)
-        del pl_module.is_drawn
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do as for prediction; the tables are there before anything scores them."""
         self._close(trainer, pl_module)
         trainer.strategy.barrier("SampleFolder")
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the module draw anew."""
-        del pl_module.is_drawn
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -106,12 +114,11 @@ class SampleFolder(Callback):
         self.threads = torch.get_num_threads()
         if pl_module.device.type == "cpu":
             torch.set_num_threads(1)
-        pl_module.is_drawn = lambda prompt, index: is_whole(self.path_of(sample_id(prompt, index)))
 
     def _write(
         self, pl_module: L.LightningModule, outputs: Samples | None, batch: dict[str, Any]
     ) -> None:
-        self.asked += map(sample_id, batch["prompt"], batch["index"].tolist())
+        self.asked += _ids(batch)
         if outputs is None:
             return
         rows = rows_of(outputs, pl_module.hparams.seed)
@@ -167,6 +174,10 @@ class SampleFolder(Callback):
             )
 
 
+def _ids(batch: dict[str, Any]) -> list[str]:
+    return list(map(sample_id, batch["name"], batch["index"].tolist()))
+
+
 def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     """Return what decides the images and their scores: the sampler and each network's digest."""
     return {
@@ -176,7 +187,7 @@ def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
         "reward": type(module.reward).__name__,
         **{
             f"digest of {name}": weights_digest(child)
-            for name, child in module.named_children()
+            for name, child in module.networks().items()
             if any(True for _ in tensors_of(child))
         },
     }

@@ -1,6 +1,5 @@
 """Watch the policy learn: the same prompts drawn from the same noise, again and again."""
 
-import os
 from pathlib import Path
 
 import lightning as L
@@ -23,7 +22,7 @@ from rl4med_ddpo.datamodules.attributes import (
 )
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import keys
-from rl4med_ddpo.report.grid import caption_grid
+from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
 SHOWN = ((), *((a,) for a in ARTIFACTS), ARTIFACTS[:3:2])
 READABLE = tuple(
@@ -86,14 +85,14 @@ class SampleGrid(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what was scored, as `grids/test.png`."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            _save(self._grid(pl_module), Path(trainer.default_root_dir) / "grids" / "test.png")
+            save_png(self._grid(pl_module), Path(trainer.default_root_dir) / "grids" / "test.png")
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or self.drawn_epoch == epoch:
             return
         self.drawn_epoch = epoch
         grid = self._grid(pl_module)
-        _save(grid, Path(trainer.default_root_dir) / "grids" / f"epoch_{epoch:04d}.png")
+        save_png(grid, Path(trainer.default_root_dir) / "grids" / f"epoch_{epoch:04d}.png")
         # the counter that Lightning gives the scalars: calls of training_step
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
@@ -110,7 +109,8 @@ class SampleGrid(Callback):
         if hasattr(pl_module, "reward_of"):
             rewards = pl_module.reward_of(images, conditions.to(images.device)).tolist()
             captions = [f"{c}  r={r:.2f}" for c, r in zip(captions, rewards, strict=True)]
-        return caption_grid(images, captions, columns=2 * repeats)
+        panels = [Panel([image], text) for image, text in zip(images, captions, strict=True)]
+        return sheet(in_rows(panels, columns=2 * repeats))
 
 
 def _caption(condition: Tensor) -> str:
@@ -118,10 +118,3 @@ def _caption(condition: Tensor) -> str:
     artifacts = ", ".join(WORDS[a] for a in present if a in ARTIFACTS)
     diseases = "".join(f"{a}: " for a in present if a in DISEASES)
     return f"{diseases}{artifacts or 'no artifacts'}"
-
-
-def _save(grid: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    grid.save(unfinished, format="PNG")
-    os.replace(unfinished, path)

@@ -16,9 +16,6 @@ from torch import Tensor
 from rl4med_ddpo.datamodules.attributes import (
     ARTIFACTS,
     ATTRIBUTES,
-    CONDITIONS,
-    prompt_id,
-    short_name,
 )
 from rl4med_ddpo.datamodules.sample_tables import Row
 from rl4med_ddpo.foundation.files import write_whole
@@ -28,9 +25,9 @@ KEY = "sample"
 _DAMAGED = (OSError, SyntaxError, ValueError, KeyError, EOFError, struct.error, zlib.error)
 
 
-def sample_id(prompt: str, index: int) -> str:
-    """Name a sample after its prompt and its global index, as in `MEL_hair_ruler_000037`."""
-    return f"{short_name(CONDITIONS[prompt_id(prompt)]).replace('+', '_')}_{index:06d}"
+def sample_id(name: str, index: int) -> str:
+    """Name a sample after its prompt's short name and its index, as in `MEL_hair_ruler_000037`."""
+    return f"{name.replace('+', '_')}_{index:06d}"
 
 
 def rows_of(samples: Samples, seed: int) -> list[Row]:
@@ -42,18 +39,19 @@ def rows_of(samples: Samples, seed: int) -> list[Row]:
         readings = {f"reward_{a}": p for a, p in zip(ATTRIBUTES, columns, strict=True)} | readings
     return [
         {
-            "id": sample_id(prompt, index),
+            "id": sample_id(name, index),
             "prompt": prompt,
             **dict(zip(ATTRIBUTES, map(int, condition), strict=True)),
             "index": index,
             "seed": seed,
             "noise_key": key,
             "reward": reward,
-            **{name: column[i] for name, column in readings.items()},
+            **{reading: column[i] for reading, column in readings.items()},
         }
-        for i, (prompt, condition, index, key, reward) in enumerate(
+        for i, (prompt, name, condition, index, key, reward) in enumerate(
             zip(
                 samples.prompts,
+                samples.names,
                 samples.conditions.tolist(),
                 samples.index.tolist(),
                 samples.noise_keys.tolist(),

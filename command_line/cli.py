@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 from rl4med_ddpo import callbacks
+from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
@@ -140,7 +141,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
-        always: list[L.Callback] = [Room(), Curves()]
+        always: list[L.Callback] = [Room(), Curves(), Preflight()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
             always.append(callbacks.InnerProgressBar())
         self.trainer_defaults = {"callbacks": always}

@@ -45,6 +45,16 @@ def main(args: ArgsType = None) -> CommandLine | Path:
         return written
     if args is not None:
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+    try:
+        return _command_line(args)
+    except Exception as error:
+        # the parser wraps what a constructor raises
+        if (cause := _user_error(error)) is None or cause is error:
+            raise
+        raise UserError(str(cause)) from error
+
+
+def _command_line(args: ArgsType) -> CommandLine:
     return CommandLine(
         L.LightningModule,
         L.LightningDataModule,
@@ -65,6 +75,13 @@ def main(args: ArgsType = None) -> CommandLine | Path:
         },
         args=args,
     )
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Find the user's mistake that an error was raised for."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def user_message(error: UserError) -> str:

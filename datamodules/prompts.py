@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, PROMPTS, prompt_id, prompt_of
+from rl4med_ddpo.datamodules.attributes import (
+    ATTRIBUTES,
+    CONDITIONS,
+    PROMPTS,
+    prompt_id,
+    prompt_of,
+    short_name,
+)
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError, name_few
 
@@ -23,10 +30,13 @@ def prompt_batch(rows: Tensor, first: int = 0) -> PromptBatch:
         first: Global index of the first sample.
 
     Returns:
-        `prompt`, M texts; `condition`, `(M, 6)`; `index`, the global sample indices, `(M,)` int64.
+        `prompt`, M texts, and `name`, their short names; `prompt_id`, `(M,)` int64; `condition`,
+        multi-hot `(M, 6)`; `index`, the global sample indices, `(M,)` int64.
     """
     return {
         "prompt": [PROMPTS[row] for row in rows.tolist()],
+        "name": [short_name(CONDITIONS[row]) for row in rows.tolist()],
+        "prompt_id": rows,
         "condition": CONDITIONS[rows],
         "index": torch.arange(first, first + len(rows)),
     }

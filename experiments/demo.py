@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules.attributes import ARTIFACTS
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.metrics.apr import as_asked
 from rl4med_ddpo.metrics.intervals import wilson_interval
+from rl4med_ddpo.report.sheet import beside, save_png
 
 Stage = tuple[str, list[list[str]]]
 """Its name, and the commands that run at the same time."""
@@ -138,7 +140,7 @@ def ceiling(run: Path) -> dict[str, Any]:
     judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", ARTIFACTS)
     real = ISICDataModule(str(run / "balanced"), size=64).dataset("test")
     right = [
-        ((judge(batch["image"]) > 0) == batch["condition"][:, : len(ARTIFACTS)].bool()).all(dim=1)
+        as_asked(judge(batch["image"]) > 0, batch["condition"][:, judge.columns].bool())
         for batch in DataLoader(real, batch_size=256)
     ]
     correct, n = int(torch.cat(right).sum()), len(real)
@@ -175,17 +177,8 @@ def table(results: dict[str, Any]) -> str:
 def before_and_after(run: Path) -> Path:
     """Set the two models' grids of the same prompts and noise side by side."""
     grids = [Image.open(run / folder / "grids" / "test.png") for folder in ("sd", "ddpo")]
-    title, gap = 28, 24
-    size = (sum(g.width for g in grids) + gap, max(g.height for g in grids) + title)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    left = 0
-    for grid, text in zip(grids, ("SD", "SD+RL"), strict=True):
-        pen.text((left + 6, 4), text, "black", ImageFont.load_default(size=18))
-        sheet.paste(grid, (left, title))
-        left += grid.width + gap
     path = run / "before_after.png"
-    sheet.save(path)
+    save_png(beside(grids, ("SD", "SD+RL")), path)
     return path
 
 

@@ -16,7 +16,7 @@ from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.files import sync_folder
 from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, write_manifest
-from rl4med_ddpo.foundation.progress import reach
+from rl4med_ddpo.foundation.progress import progress
 
 LAST = "last.ckpt"
 PART = ".part"
@@ -43,17 +43,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
             part = path.with_name(path.name + PART)
             try:
                 size, sha256 = _write(checkpoint, part)
-                reach("save.manifest")
+                progress.report("save.manifest")
                 write_manifest(part, _manifest(checkpoint, path.name, size, sha256))
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            reach("save.replace")
+            progress.report("save.replace")
             _keep_previous(path)
-            reach("save.replace")
+            progress.report("save.replace")
             os.replace(part, path)
             sync_folder(path.parent)
-            reach("save.manifest")
+            progress.report("save.manifest")
             os.replace(manifest_path(part), manifest_path(path))
             sync_folder(path.parent)
 
@@ -65,9 +65,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, then its manifest."""
-        reach("prune")
+        progress.report("prune")
         super().remove_checkpoint(path)
-        reach("prune")
+        progress.report("prune")
         manifest_path(Path(path)).unlink(missing_ok=True)
 
 
@@ -98,7 +98,7 @@ def _keep_previous(path: Path) -> None:
     if not path.is_file() or path.is_symlink() or last.resolve() != path.resolve():
         return
     os.replace(path, previous_path(path))
-    reach("save.replace")
+    progress.report("save.replace")
     if manifest_path(path).exists():
         os.replace(manifest_path(path), manifest_path(previous_path(path)))
 
@@ -112,7 +112,7 @@ class _Hashing:
         self.size = 0
 
     def write(self, data: bytes) -> int:
-        reach("save.write")
+        progress.report("save.write")
         written = self.file.write(data)
         self.sha256.update(data)
         self.size += written
@@ -128,7 +128,7 @@ def _write(checkpoint: dict[str, Any], part: Path) -> tuple[int, str]:
     with part.open("wb", buffering=0) as file:
         hashing = _Hashing(file)
         torch.save(checkpoint, hashing)
-        reach("save.fsync")
+        progress.report("save.fsync")
         os.fsync(file.fileno())
     return hashing.size, hashing.sha256.hexdigest()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rl4med_ddpo.fault_tolerance.checkpoint_io import LAST
 from rl4med_ddpo.fault_tolerance.command import resume_command, stand_down
 from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
-from rl4med_ddpo.foundation.progress import reach
+from rl4med_ddpo.foundation.progress import progress
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Rewind = Callable[[dict[str, Any]], None]
@@ -44,7 +44,7 @@ class Preemption(Callback):
         self.saved_step: int | None = None
         self.before: dict[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
-        self._report: Any = None
+        self._trainer: L.Trainer | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen to signals."""
@@ -53,13 +53,12 @@ class Preemption(Callback):
         self._listen()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave signals and reports as they were."""
+        """Leave signals as they were, and listen no more."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-        if self._report is not None:
-            pl_module.report_progress = self._report
-            self._report = None
+        progress.unsubscribe(self._at)
+        self._trainer = None
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -87,18 +86,16 @@ class Preemption(Callback):
         Its own would hang when a signal reaches one process only: Lightning's issue 20806.
         """
         self._listen()
-        if self._report is not None or not hasattr(pl_module, "report_progress"):
-            return
-        report = self._report = pl_module.report_progress
+        if self._trainer is None:
+            self._trainer = trainer
+            progress.subscribe(self._at)
 
-        def reported(phase: str, done: int, total: int) -> None:
-            report(phase, done, total)
-            reach(phase)
-            # not all processes sample as often, so they cannot agree there
-            if phase != "sampling" or trainer.world_size == 1:
-                self.safe_point(trainer)
-
-        pl_module.report_progress = reported
+    def _at(self, point: str, done: int, total: int) -> None:
+        """Leave between two steps of work that has a length."""
+        trainer = self._trainer
+        # not all processes sample as often, so they cannot agree there
+        if trainer and total and (point != "sampling" or trainer.world_size == 1):
+            self.safe_point(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to listen."""
@@ -134,7 +131,7 @@ class Preemption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Safe point between two training batches."""
-        reach("batch")
+        progress.report("batch")
         # after a validation within an epoch Lightning counts otherwise: the next batch will do
         if batch_idx == 0 or batch_idx % trainer.val_check_batch == 0:
             return
@@ -143,7 +140,7 @@ class Preemption(Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Safe point, where the epoch is given up as a whole anyway."""
-        reach("validation")
+        progress.report("validation")
         if trainer.state.fn != TrainerFn.FITTING or self._is_long(trainer):
             self.safe_point(trainer)
 
@@ -151,7 +148,7 @@ class Preemption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Safe point, once each process has had its turn: samples are drawn at the same time."""
-        reach("test")
+        progress.report("test")
         if batch_idx % trainer.world_size == 0:
             self.safe_point(trainer)
 
@@ -159,7 +156,7 @@ class Preemption(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Safe point, as in a test."""
-        reach("predict")
+        progress.report("predict")
         if batch_idx % trainer.world_size == 0:
             self.safe_point(trainer)
 

@@ -79,7 +79,9 @@ class Watchdog(Callback):
         self.store = self._connect(trainer)
         self.ending.clear()
         self.beats = 0
-        progress.tell = self._tell_change
+        self.told_phase = progress.phase
+        # before whatever may fail there
+        progress.subscribe(self._tell_change, first=True)
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
@@ -110,7 +112,7 @@ class Watchdog(Callback):
     def _stop(self, end: str = "well") -> None:
         if self.thread is None:
             return
-        progress.tell = None
+        progress.unsubscribe(self._tell_change)
         self.end = end
         self.ending.set()
         self.thread.join()
@@ -145,7 +147,11 @@ class Watchdog(Callback):
                 return
             time.sleep(BEAT / 5)
 
-    def _tell_change(self) -> None:
+    def _tell_change(self, point: str, done: int, total: int) -> None:
+        """Tell the others of a new phase at once."""
+        if progress.phase == self.told_phase:
+            return
+        self.told_phase = progress.phase
         # what is wrong with the store is for the thread to notice
         with suppress(DistError, RuntimeError):
             self._tell(None)

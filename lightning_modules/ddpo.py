@@ -4,38 +4,72 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, short_name
+from rl4med_ddpo.datamodules.attributes import ARTIFACTS
+from rl4med_ddpo.datamodules.images import to_eight_bits
+from rl4med_ddpo.foundation.progress import progress
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, load_policy, save_lora
+from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
 from rl4med_ddpo.lightning_modules.policy_gradient.advantages import (
     Advantages,
     RewardWindow,
     group_advantages,
 )
-from rl4med_ddpo.lightning_modules.policy_gradient.ddpo_options import clip_pair, require_options
-from rl4med_ddpo.lightning_modules.policy_gradient.loss import (
-    Means,
-    PolicyLoss,
-    clipped_policy_loss,
-    require_unit_ratio,
+from rl4med_ddpo.lightning_modules.policy_gradient.divergence import divergence_from_start
+from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
+from rl4med_ddpo.lightning_modules.policy_gradient.loss import Means, require_unit_ratio
+from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
+    free_memory,
+    largest_micro_batch,
+)
+from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
+    FOLDER,
+    REDRAW_SETTINGS,
+    Fault,
+    SkippedUpdates,
+    faults_of_rollout,
+    faults_of_update,
+    write_faults,
+)
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyObjective
+from rl4med_ddpo.lightning_modules.policy_gradient.options import (
+    clip_pair,
+    require_options,
+    require_precision,
 )
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     Pairs,
     Rollout,
+    blank_pairs,
+    blank_rollout,
     chosen_steps,
     plan_passes,
+    require_divisible,
+    sample_order,
 )
+from rl4med_ddpo.lightning_modules.policy_gradient.sampler import RolloutSampler
+from rl4med_ddpo.lightning_modules.policy_gradient.scorer import PolicyScorer, require_independent
+from rl4med_ddpo.lightning_modules.prerequisites import Need, require
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
-from rl4med_ddpo.lightning_modules.rewards.base import Reward
-from rl4med_ddpo.lightning_modules.sampled_policy import SampledPolicy
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, shares
+from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
+from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 
 
-class DDPO(SampledPolicy):
+class DDPO(TextToImage):
     """Trains a pipeline's U-Net so that its images earn more reward.
 
     One epoch is one rollout: M images are drawn from the current policy, scored, and trained on in
@@ -127,18 +161,99 @@ class DDPO(SampledPolicy):
         self.save_hyperparameters(ignore=["optimizer", "reward"])
         require_options(self.hparams)
         self.automatic_optimization = False
-        self.optimizer, self.reward, self.window = optimizer, reward, RewardWindow()
+        self.optimizer, self.reward = optimizer, reward
+        self.window = RewardWindow()
+        self.skipped = SkippedUpdates()
+        self.scores_are_whole = True
+        # 0 until it is found, or taken from the checkpoint of a run that found it
+        self.micro_batch = 0 if micro_batch == "auto" else micro_batch
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before anything is loaded, what cannot work."""
+        require(self.needs(stage))
+        if stage != "fit":
+            return
+        require_precision(self.trainer.precision)
+        samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
+        if samples is not None:
+            require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+
+    def needs(self, stage: str) -> list[Need]:
+        """List what earlier stages must have left for this one."""
+        needs = [
+            *self.reward.needs(),
+            Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml"),
+        ]
+        if not is_hub_id(self.hparams.pipeline):
+            made_by = "python run.py fit --config sd.yaml"
+            needs.append(Need(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
+        if stage in ("test", "predict") and self.hparams.policy:
+            made_by = "python run.py fit --config ddpo.yaml"
+            needs.append(Need(self.hparams.policy, "the trained policy", made_by))
+        return needs
+
+    def configure_model(self) -> None:
+        """Load the pipeline, the reward's networks and the judge, and put the parts together."""
+        if hasattr(self, "model"):
+            return
+        super().configure_model()
+        p = self.hparams
+        with torch.device("cpu"):
+            self.reward.load()
+            self.scorer = self.make_scorer()
+        self.objective = PolicyObjective(
+            self.model, self.clip_range, p.kl_weight, p.guidance_in_training
+        )
+        self.sampler = self.make_sampler()
+        if p.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        if p.compile:
+            self.model.unet.compile(backend=p.compile)
+
+    def make_scorer(self) -> PolicyScorer:
+        """Load the judge, which must be another network than the reward's."""
+        judge = load_classifier(self.hparams.judge, attributes=ARTIFACTS)
+        rewarding = getattr(self.reward, "network", None)
+        if rewarding is not None:
+            require_independent(judge, rewarding.module, self.hparams.judge)
+        return PolicyScorer(judge)
+
+    def make_sampler(self) -> RolloutSampler:
+        """Return what draws the rollouts."""
+        p = self.hparams
+        return RolloutSampler(
+            self.model, self.reward, p.seed, p.sample_batch, p.trajectory == "host"
+        )
+
+    def prepare_unet(self, unet: UNet2DConditionModel) -> None:
+        """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
+        if self._trainer and self.trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING):
+            if self.hparams.policy:
+                load_policy(unet, Path(self.hparams.policy))
+        elif self.hparams.train == "lora":
+            add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
+        else:
+            unet.requires_grad_(True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Optimize the adapters or the full U-Net, whichever is trained."""
+        return self.optimizer(self.trained_parameters())
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Find the micro-batch before the first rollout, if that is asked for."""
+        self.epoch_of(len(batch["prompt"]))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one turn of Algorithm 1: sample, score, then K rounds of policy gradient steps."""
         started = time.monotonic()
-        order = self.order(len(batch["prompt"]))
-        groups = self.groups(batch, order)
-        rollout = self.rollout(batch, order)
+        order = self.order(batch)
+        rollout = self.sampler.collect(*self.share(batch, order), self.current_epoch)
+        groups = batch["prompt_id"][order].to(self.device)
         rewards = self.rewards(rollout, groups)
         sampled = time.monotonic()
         if self.are_finite(rollout, rewards):
             advantages = self.advantages(rewards, groups)
+            self.log_prompts(batch, order, rewards)
             rollout = self.rescored(rollout, advantages.values)
             results = [
                 self.update(rollout, advantages.values, update, k) for k, update in self.rounds
@@ -146,11 +261,55 @@ class DDPO(SampledPolicy):
             self.log_training(results, advantages)
         self.log_run(len(order), sampled - started, time.monotonic() - started)
 
+    def order(self, batch: dict[str, Any]) -> Tensor:
+        """Shuffle the epoch's global sample indices, `(M,)`; position p is rank p mod W's."""
+        samples = len(batch["prompt"])
+        require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+        return sample_order(samples, self.hparams.seed, self.current_epoch)
+
+    def share(self, batch: dict[str, Any], order: Tensor) -> tuple[Tensor, list[str], Tensor]:
+        """Return indices, prompts and conditions of this rank's samples, in their order."""
+        mine = order[self.global_rank :: self.trainer.world_size]
+        prompts = [batch["prompt"][i] for i in mine.tolist()]
+        return batch["index"][mine], prompts, batch["condition"][mine].to(self.device)
+
+    @torch.no_grad()
+    def rewards(self, rollout: Rollout, groups: Tensor) -> Tensor:
+        """Gather the rewards of all ranks (Algorithm 1, line 5), `(M,)` in sample order."""
+        mine = rollout.scored
+        progress.report("reward", 1, 1)
+        rewards = self.gather_in_order(mine.value)
+        terms = {name: self.gather_in_order(term) for name, term in mine.terms.items()}
+        if self.hparams.diversity_weight:
+            appearance = self.gather_in_order(rollout.appearance.nan_to_num())
+            diversity = group_diversity(appearance, groups)
+            terms["diversity"] = self.hparams.diversity_weight * diversity
+            rewards = rewards + terms["diversity"]
+        for name, part in mine.parts.items():
+            self.log(f"reward/{name}", self.gather_in_order(part).mean(), batch_size=1)
+        for name, share in shares(terms).items():
+            self.log(f"reward_share/{name}", share, batch_size=1)
+        finite = rewards[rewards.isfinite()]
+        self.log("reward/mean", finite.mean(), prog_bar=True, batch_size=1)
+        self.log("reward/std", finite.std(correction=0), batch_size=1)
+        return rewards
+
+    def gather_in_order(self, values: Tensor) -> Tensor:
+        """Interleave the ranks' `(n, ...)` into `(M, ...)`: position p is rank p mod W's."""
+        ranks = self.all_gather(values).reshape(self.trainer.world_size, *values.shape)
+        return ranks.transpose(0, 1).flatten(0, 1)
+
+    def are_finite(self, rollout: Rollout, rewards: Tensor) -> bool:
+        """Return whether all rewards and log-probs are finite; otherwise record the samples."""
+        own = rewards[self.global_rank :: self.trainer.world_size]
+        faults = faults_of_rollout(rollout, own)
+        if not self.all_gather(torch.tensor(len(faults), device=self.device)).any():
+            return True
+        self.skip(faults)
+        return False
+
     def advantages(self, rewards: Tensor, groups: Tensor) -> Advantages:
         """Compare each sample with its prompt's, `(M,)` in sample order, the same on every rank."""
-        for group in groups.unique().tolist():
-            name = f"reward_of_prompt/{short_name(CONDITIONS[group])}"
-            self.log(name, rewards[groups == group].mean(), batch_size=1)
         if self.hparams.baseline == "none":
             return Advantages(rewards, 0.0)
         windowed = self.hparams.baseline == "window"
@@ -166,20 +325,20 @@ class DDPO(SampledPolicy):
         for k, update in self.rounds:
             for pairs in self.passes(rollout, advantages, update, k):
                 if not scored[pairs.row, pairs.step].all():
-                    log_probs[pairs.row, pairs.step] = self.policy_loss(rollout, pairs).log_prob
+                    log_probs[pairs.row, pairs.step] = self.objective(rollout, pairs).log_prob
                     scored[pairs.row, pairs.step] = 1
         return replace(rollout, log_probs=log_probs)
 
     def update(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> Means:
         """Take one optimizer step on one part of the samples (Algorithm 1, line 6)."""
         passes = self.passes(rollout, advantages, update, k)
-        optimizer = self.optimizers()
+        optimizer, parameters = self.optimizers(), self.trained_parameters()
         optimizer.zero_grad()
         means = self.accumulate(rollout, passes)
-        norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.hparams.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.hparams.max_grad_norm)
         # reduced over the ranks, so all of them agree
         if not norm.isfinite():
-            self.skip(self.faults_of(rollout, passes))
+            self.skip(faults_of_update(self.objective, parameters, rollout, passes))
             return means
         self.skipped.passed()
         if update == k == 0:
@@ -198,10 +357,10 @@ class DDPO(SampledPolicy):
         means = Means()
         for i, pairs in enumerate(passes, start=1):
             with nullcontext() if i == len(passes) else self.without_reduction():
-                result = self.policy_loss(rollout, pairs)
+                result = self.objective(rollout, pairs)
                 self.manual_backward(result.loss.sum() / pairs_in_all)
             means.add(result)
-            self.report_progress("update", i, len(passes))
+            progress.report("update", i, len(passes))
         return means
 
     def passes(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> list[Pairs]:
@@ -216,21 +375,6 @@ class DDPO(SampledPolicy):
         )
         return [pairs._replace(row=pairs.row + mine.start) for pairs in planned]
 
-    def policy_loss(self, rollout: Rollout, pairs: Pairs) -> PolicyLoss:
-        """Evaluate Eq. 2 with a clipped ratio on some pairs of the rollout."""
-        latents, previous = rollout.transitions(pairs.row, pairs.step)
-        text = self.embed([rollout.prompts[row] for row in pairs.row.tolist()])
-        step, advantage = pairs.step.to(self.device), pairs.advantage.to(self.device)
-        noise = self.trained_noise(latents, step, text)
-        log_prob = self.schedule.log_prob(previous, latents, noise, step)
-        old_log_prob = rollout.log_probs[pairs.row, pairs.step]
-        result = clipped_policy_loss(log_prob, old_log_prob, advantage, self.clip_range)
-        if not self.hparams.kl_weight:
-            return result
-        reference = self.reference_noise(latents, step, text)
-        divergence = self.schedule.divergence(latents, noise, reference, step)
-        return result.penalised(divergence, self.hparams.kl_weight)
-
     def check_ratio(self, means: Means) -> None:
         """Log how far the first pass's ratio is from 1; refuse what clipping would eat in any."""
         first, largest = (
@@ -240,11 +384,60 @@ class DDPO(SampledPolicy):
         self.log("policy/ratio_deviation", first, batch_size=1)
         require_unit_ratio(largest.item(), min(self.clip_range), self.trainer.precision)
 
+    def skip(self, own: list[Fault]) -> None:
+        """Skip an update on all ranks: write down whose samples are at fault, and count.
+
+        Args:
+            own: This rank's.
+        """
+        ranks: list[list[Fault]] = [own] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(ranks, own)
+        everyone = [fault for faults in ranks for fault in faults]
+        name = f"epoch_{self.current_epoch}_{self.skipped.total + 1}.pt"
+        file = Path(self.trainer.default_root_dir) / FOLDER / name
+        if self.trainer.is_global_zero:
+            draw = {option: self.hparams[option] for option in REDRAW_SETTINGS}
+            draw["epoch"] = self.current_epoch
+            write_faults(file, everyone, draw, self.state_dict())
+        self.skipped.add(everyone, file, self.hparams.max_skipped)
+
     def without_reduction(self) -> AbstractContextManager:
         """Accumulate gradients on this rank alone."""
         strategy = self.trainer.strategy
         parallel = isinstance(strategy, ParallelStrategy)
         return strategy.block_backward_sync() if parallel else nullcontext()
+
+    def epoch_of(self, samples: int) -> Epoch:
+        """Work out the sizes of an epoch of M samples; finds the micro-batch if need be."""
+        p, ranks = self.hparams, self.trainer.world_size
+        if not self.micro_batch:
+            pairs = samples // ranks // p.updates * self.trained_steps
+            with self.trainer.precision_plugin.forward_context():
+                self.micro_batch = self.fitting_micro_batch(pairs)
+        return Epoch(
+            samples=samples,
+            ranks=ranks,
+            sample_batch=min(self.sampler.batch, samples // ranks),
+            steps=p.steps,
+            trained_steps=self.trained_steps,
+            micro_batch=self.micro_batch,
+            updates=p.updates,
+            inner_epochs=p.inner_epochs,
+            latent_bytes=(p.steps + 1) * math.prod(self.model.latent_shape) * 4,
+            on_host=p.trajectory == "host",
+        )
+
+    def fitting_micro_batch(self, pairs: int) -> int:
+        """Find the largest micro-batch, up to some pairs, that fits into memory on every rank."""
+        steps = self.hparams.steps
+        rollout = blank_rollout(steps, self.model.latent_shape, self.device)
+        fitting = largest_micro_batch(
+            lambda n: self.objective(rollout, blank_pairs(n, steps)).loss.sum(),
+            pairs,
+            free_memory(self.device),
+        )
+        return int(self.all_gather(torch.tensor(fitting, device=self.device)).min())
 
     @property
     def rounds(self) -> list[tuple[int, int]]:
@@ -266,10 +459,118 @@ class DDPO(SampledPolicy):
     @property
     def clip_range(self) -> tuple[float, float]:
         """How far the ratio may fall below 1 and rise above it, at this pipeline's latents."""
-        meant_for, own = self.hparams.clip_dimensions, math.prod(self.latent_shape)
+        meant_for, own = self.hparams.clip_dimensions, math.prod(self.model.latent_shape)
         scale = meant_for / own if meant_for else 1.0
         below, above = clip_pair(self.hparams.clip_range)
         return scale * below, scale * above
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score this rank's share of the prompts, always with the same noise."""
+        mine = slice(self.global_rank, None, self.trainer.world_size)
+        conditions = batch["condition"][mine].to(self.device)
+        noise_keys = keys(self.hparams.seed, "validation", 0, batch["index"][mine])
+        images = self.generate(batch["prompt"][mine], noise_keys)
+        self.scorer.count(self.scorer.judge(images), self.reward_of(images, conditions), conditions)
+        if batch_idx == 0:
+            self.scorer.divergence.update(self.divergence_of(batch))
+
+    def divergence_of(self, batch: dict[str, Any]) -> Tensor:
+        """KL divergence from the start, `(n,)`, of this rank's among the first images of a batch.
+
+        Which images these are does not depend on the number of ranks.
+        """
+        mine = slice(self.global_rank, self.hparams.sample_batch, self.trainer.world_size)
+        if not batch["prompt"][mine]:
+            return torch.zeros(0, device=self.device)
+        noise_keys = keys(self.hparams.seed, "validation", 0, batch["index"][mine])
+        return divergence_from_start(
+            self.model, batch["prompt"][mine], noise_keys, self.unet_before_training
+        )
+
+    def unet_before_training(self) -> UNet2DConditionModel:
+        """Read the U-Net that training started from."""
+        return load_pipeline(self.hparams.pipeline, self.hparams.unet).unet
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores over all processes, and the divergence that they were bought with."""
+        self.log("val/apr", self.scorer.apr.compute().rate, prog_bar=True)
+        self.log("val/reward", self.scorer.mean_reward.compute())
+        self.log("val/sqrt_kl", self.scorer.divergence.compute().sqrt())
+        self.scorer.reset()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Samples | None:
+        """Draw as for prediction, with noise that validation never sees, and count that."""
+        # who keeps samples scores all of them, those drawn before too
+        self.scores_are_whole = "drawn" not in batch
+        drawn = self.predict_step(batch, batch_idx)
+        if drawn is not None:
+            self.scorer.count(drawn.judge_logits, drawn.reward, drawn.conditions)
+        return drawn
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of what was drawn, unless a folder has more of them."""
+        if self.scores_are_whole:
+            self.log("test/apr", self.scorer.apr.compute().rate)
+            self.log("test/reward", self.scorer.mean_reward.compute())
+        self.scorer.reset()
+
+    @torch.no_grad()
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Samples | None:
+        """Draw a batch of prompts that is this rank's, as far as its samples are not `drawn`.
+
+        A batch is drawn by one rank and whole, even if a single sample is missing, so that no image
+        depends on the number of ranks or on what was there.
+        """
+        if batch_idx % self.trainer.world_size != self.global_rank:
+            return None
+        n = len(batch["prompt"])
+        missing = [row for row, drawn in enumerate(batch.get("drawn", [False] * n)) if not drawn]
+        if not missing:
+            return None
+        rows = filled_rows(n, self.hparams.sample_batch)
+        filled = {name: _rows(column, rows) for name, column in batch.items()}
+        return self.samples(filled).select(missing)
+
+    def samples(self, batch: dict[str, Any]) -> Samples:
+        """Draw and score the images of a batch."""
+        noise_keys = keys(self.hparams.seed, "test", 0, batch["index"])
+        images = to_eight_bits(self.generate(batch["prompt"], noise_keys))
+        shown, conditions = images.float() / 255, batch["condition"].to(self.device)
+        size, reader = self.hparams.sample_batch, getattr(self.reward, "network", None)
+        passes = list(zip(shown.split(size), conditions.split(size), strict=True))
+        return Samples(
+            prompts=batch["prompt"],
+            names=batch["name"],
+            conditions=conditions,
+            index=batch["index"],
+            noise_keys=noise_keys,
+            images=images,
+            reward=torch.cat([self.reward_of(x, c) for x, c in passes]),
+            reward_logits=torch.cat([reader(x) for x, _ in passes]) if reader else None,
+            judge_logits=torch.cat([self.scorer.judge(x) for x, _ in passes]),
+        )
+
+    def reward_of(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return the reward of images `(B, 3, H, W)` asked to show `(B, A)`, as `(B,)`."""
+        return self.reward(images, conditions).value
+
+    def export(self, folder: Path) -> None:
+        """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""
+        if self.hparams.train == "lora":
+            save_lora(self.model.unet, folder)
+        else:
+            super().export(folder)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Name the networks that decide an image and its scores."""
+        return super().networks() | {"reward": self.reward, "judge": self.scorer.judge}
+
+    def log_prompts(self, batch: dict[str, Any], order: Tensor, rewards: Tensor) -> None:
+        """Log each prompt's mean reward, by its short name."""
+        names = [batch["name"][i] for i in order.tolist()]
+        for name in sorted(set(names)):
+            rows = [row for row, other in enumerate(names) if other == name]
+            self.log(f"reward_of_prompt/{name}", rewards[rows].mean(), batch_size=1)
 
     def log_training(self, results: list[Means], advantages: Advantages) -> None:
         """Log the means over all trained pairs of the epoch."""
@@ -293,16 +594,18 @@ class DDPO(SampledPolicy):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what later rollouts depend on beside weights and optimizer."""
         checkpoint["reward_window"] = self.window.history
-        checkpoint["ddpo"] = {
-            "micro_batch": self.micro_batch,
-            "skipped": self.skipped.state(),
-        }
+        checkpoint["ddpo"] = {"micro_batch": self.micro_batch, "skipped": self.skipped.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
+        super().on_load_checkpoint(checkpoint)
         self.window.history = checkpoint["reward_window"]
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):
             self.skipped.load(kept["skipped"])
             if self.hparams.micro_batch == "auto":
                 self.micro_batch = kept["micro_batch"]
+
+
+def _rows(column: list[Any] | Tensor, rows: list[int]) -> list[Any] | Tensor:
+    return column[rows] if isinstance(column, Tensor) else [column[row] for row in rows]

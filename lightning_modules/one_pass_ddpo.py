@@ -1,19 +1,21 @@
 """DDPO that takes its gradients while it samples: one forward pass an action, not two."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl4med_ddpo.callbacks.preflight import Epoch
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
 from rl4med_ddpo.lightning_modules.diffusion.lora import adapter_layers
+from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
 from rl4med_ddpo.lightning_modules.policy_gradient.loss import Means, clipped_policy_loss
 from rl4med_ddpo.lightning_modules.policy_gradient.per_sample import per_sample_gradients
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs, Rollout, chosen_steps
+from rl4med_ddpo.lightning_modules.policy_gradient.sampler import RolloutSampler
+from rl4med_ddpo.lightning_modules.rewards.base import Reward
 
 
 class OnePassDDPO(DDPO):
@@ -30,6 +32,8 @@ class OnePassDDPO(DDPO):
     penalty on the divergence and no `compile`. A batch of samples is at most `micro_batch`.
     """
 
+    sampler: "OnePassSampler"
+
     def __init__(self, *args: Any, updates: int = 1, **options: Any) -> None:
         super().__init__(*args, updates=updates, **options)
         wanted = {"train": "lora", "updates": 1, "inner_epochs": 1, "kl_weight": 0.0}
@@ -43,48 +47,20 @@ class OnePassDDPO(DDPO):
                 f"policy that samples. It wants {allowed}; for others take class_path: DDPO"
             )
 
-    @property
-    def rollout_batch(self) -> int:
-        """Images sampled at a time: each keeps its activations for a backward pass."""
-        return min(self.hparams.sample_batch, self.micro_batch)
+    def make_sampler(self) -> RolloutSampler:
+        """Return a sampler that takes gradients on the way."""
+        p = self.hparams
+        return OnePassSampler(
+            self.model, self.reward, p.seed, p.sample_batch, p.trajectory == "host",
+            self.window_of_steps, self.trained_steps,
+        )  # fmt: skip
 
-    def measured(self, epoch: Epoch) -> tuple[float, float]:
-        """Time a denoising step of a batch; those that are trained hold all of the training."""
-        step, training = super().measured(epoch)
-        trained = epoch.trained_steps / epoch.steps
-        both = training * epoch.sample_batch / epoch.micro_batch
-        return trained * both + (1 - trained) * step, 0.0
-
-    def rollout(self, batch: dict[str, Any], order: Tensor) -> Rollout:
-        """Draw this rank's samples and collect the gradient of each one's log-probs."""
-        self.scores: list[list[Tensor]] = []
-        return super().rollout(batch, order)
-
-    def follow(self, rollout: Rollout, rows: slice) -> Tensor:
-        """Walk with some samples, with a backward pass after each step that is trained."""
-        index = rollout.index[rows]
-        seeds = (self.hparams.seed, self.current_epoch, 0)
-        steps = chosen_steps(index, self.window_of_steps, self.trained_steps, seeds)
-        self.trained = torch.zeros(len(index), len(self.schedule)).scatter(1, steps, 1.0)
-        layers = adapter_layers(self.unet)
-        with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
-            final = super().follow(rollout, rows)
-        self.scores.append([collector.grad for collector in collectors])
-        return final
-
-    def reported(
-        self, transitions: Iterator[Transition], rollout: Rollout, rows: slice
-    ) -> Iterator[Transition]:
-        """Pass a batch's transitions on, each after the backward pass of its trained samples."""
-        for transition in super().reported(transitions, rollout, rows):
-            weights = self.trained[:, transition.step]
-            if weights.any():
-                self.backward_of((transition.log_prob * weights.to(self.device)).sum())
-            yield transition._replace(log_prob=transition.log_prob.detach())
-
-    def backward_of(self, log_prob: Tensor) -> None:
-        """Add the gradient of a sum of log-probs to the collectors; no process waits for others."""
-        log_prob.backward()
+    def epoch_of(self, samples: int) -> Epoch:
+        """Work out the sizes of an epoch: each image of a batch keeps its activations."""
+        epoch = super().epoch_of(samples)
+        self.sampler.batch = min(self.hparams.sample_batch, epoch.micro_batch)
+        batch = min(self.sampler.batch, epoch.samples_per_rank)
+        return epoch._replace(sample_batch=batch, one_pass=True)
 
     def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> Means:
         """Weight the collected gradients by the advantages, and hand them to autograd in one pass.
@@ -96,11 +72,64 @@ class OnePassDDPO(DDPO):
             advantages[pairs.row] = pairs.advantage
         share = -advantages.to(self.device) / rollout.log_probs[:, : self.trained_steps].numel()
         surrogate = share.new_zeros(())
-        for layer, *parts in zip(adapter_layers(self.unet), *self.scores, strict=True):
+        layers = adapter_layers(self.model.unet)
+        for layer, *parts in zip(layers, *self.sampler.taken(), strict=True):
             gradient = torch.einsum("b,boi->oi", share, torch.cat(parts))
             surrogate = surrogate + (layer.weight * gradient).sum()
-        self.scores.clear()
         self.manual_backward(surrogate)
         log_probs = advantages.new_zeros(len(advantages))
         means.add(clipped_policy_loss(log_probs, log_probs, advantages, self.clip_range))
         return means
+
+
+class OnePassSampler(RolloutSampler):
+    """Follows each step that is trained by a backward pass for every sample's own gradient.
+
+    Args:
+        model: The policy, with adapters.
+        reward: See `RolloutSampler`.
+        seed: Likewise.
+        batch: Likewise.
+        on_host: Likewise.
+        window: First step that may be trained, and the first after.
+        trained: Steps of each sample that are trained.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        reward: Reward,
+        seed: int,
+        batch: int,
+        on_host: bool,
+        window: tuple[int, int],
+        trained: int,
+    ) -> None:
+        super().__init__(model, reward, seed, batch, on_host)
+        self.window, self.trained = window, trained
+        self.weights = torch.zeros(0, 0)
+        self.gradients: list[list[Tensor]] = []
+
+    def sample_batch(self, rollout: Rollout, rows: slice) -> Tensor:
+        """Sample some rows, and collect the gradient of each one's log-probs."""
+        if rows.start == 0:
+            self.gradients.clear()
+        index = rollout.index[rows]
+        steps = chosen_steps(index, self.window, self.trained, (self.seed, self.epoch, 0))
+        self.weights = torch.zeros(len(index), len(self.model.schedule)).scatter(1, steps, 1.0)
+        layers = adapter_layers(self.model.unet)
+        with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
+            final = super().sample_batch(rollout, rows)
+        self.gradients.append([collector.grad for collector in collectors])
+        return final
+
+    def after_step(self, transition: Transition, rows: slice) -> None:
+        """Add the gradient of the trained samples' log-probs; no process waits for others."""
+        weights = self.weights[:, transition.step]
+        if weights.any():
+            (transition.log_prob * weights.to(transition.log_prob.device)).sum().backward()
+
+    def taken(self) -> list[list[Tensor]]:
+        """Hand over the gradients of the rollout: for each batch, each adapter's `(B, out, in)`."""
+        gradients, self.gradients = self.gradients, []
+        return gradients

@@ -12,6 +12,7 @@ class Samples:
 
     Attributes:
         prompts: B texts.
+        names: Short names of the prompts.
         conditions: What they ask for, multi-hot `(B, 6)`.
         index: Global sample indices, `(B,)` int64.
         noise_keys: What decided the noise, besides the policy, `(B,)` int64.
@@ -22,6 +23,7 @@ class Samples:
     """
 
     prompts: list[str]
+    names: list[str]
     conditions: Tensor
     index: Tensor
     noise_keys: Tensor
@@ -34,8 +36,8 @@ class Samples:
         """Return some of the samples."""
         tensors = {name: v[list(rows)] for name, v in vars(self).items() if isinstance(v, Tensor)}
         reward_logits = tensors.pop("reward_logits", None)
-        prompts = [self.prompts[row] for row in rows]
-        return Samples(prompts=prompts, reward_logits=reward_logits, **tensors)
+        prompts, names = ([texts[row] for row in rows] for texts in (self.prompts, self.names))
+        return Samples(prompts=prompts, names=names, reward_logits=reward_logits, **tensors)
 
 
 def filled_rows(n: int, multiple: int) -> list[int]:
@@ -45,8 +47,3 @@ def filled_rows(n: int, multiple: int) -> list[int]:
     for the same size a row does not depend on what stands beside it.
     """
     return [*range(n), *[n - 1] * (-n % multiple)]
-
-
-def draw_anew(prompt: str, index: int) -> bool:
-    """Know of no sample drawn before."""
-    return False

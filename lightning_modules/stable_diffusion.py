@@ -13,7 +13,7 @@ from rl4med_ddpo.datamodules.isic import ISICDataset
 from rl4med_ddpo.datamodules.latents import LatentCache
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.hashes import key_of, weights_digest
+from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.randomness import generator, key
 from rl4med_ddpo.lightning_modules.diffusion.latent_filling import MissingVariants, fill
 from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, merged, save_lora
@@ -86,7 +86,6 @@ class StableDiffusion(TextToImage):
             )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.text_cache: TensorFolder | None = None
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Train all of the U-Net, or adapters on it."""
@@ -115,24 +114,22 @@ class StableDiffusion(TextToImage):
                 "makes another image of it in every epoch: set one of them to its default"
             )
         root = Path(self.hparams.cache)
-        self.text_cache = TensorFolder(root / f"text-{weights_digest(self.text_encoder)}")
-        settings = (weights_digest(self.vae), data.size, data.resize, self.trainer.precision)
+        self.model.text_cache = TensorFolder(
+            root / f"text-{weights_digest(self.model.text_encoder)}"
+        )
+        settings = (weights_digest(self.model.vae), data.size, data.resize, self.trainer.precision)
         for split in splits:
             latents = LatentCache(root, *settings)
             # a second turn, alone, finds nothing to do unless the ranks do not share the folder
             for share in ((self.global_rank, world_size), (0, 1)):
                 missing = MissingVariants(split, latents, *share)
-                fill(missing, self.encode, data.num_workers, self.report_encoding)
+                fill(missing, self.encode, data.num_workers)
                 self.trainer.strategy.barrier()
             split.latents = latents
 
-    def report_encoding(self, done: int, total: int) -> None:
-        """Tell how far the cache is."""
-        self.report_progress("encoding images", done, total)
-
     def configure_optimizers(self) -> Any:
         """Optimize the U-Net; a schedule is stepped with it."""
-        optimizer = self.optimizer([p for p in self.unet.parameters() if p.requires_grad])
+        optimizer = self.optimizer(self.trained_parameters())
         # Lightning clips no gradients that a fused step would unscale itself: let it unscale them
         optimizer._step_supports_amp_scaling = False
         if self.lr_scheduler is None:
@@ -162,16 +159,18 @@ class StableDiffusion(TextToImage):
         """Mean squared error of the predicted noise at uniformly drawn timesteps."""
         latents = self.latents_of(batch, draw)
         noise = torch.randn(latents.shape, generator=draw).to(latents)
-        levels = self.noise_scheduler.config.num_train_timesteps
+        levels = self.model.noise_scheduler.config.num_train_timesteps
         timestep = torch.randint(levels, (len(latents),), generator=draw).to(self.device)
         if self.hparams.noise_offset:
             shift = torch.randn((*latents.shape[:2], 1, 1), generator=draw).to(latents)
             noise = offset_noise(noise, shift, self.hparams.noise_offset)
-        noisy = self.noise_scheduler.add_noise(latents, noise, timestep)
-        predicted = self.unet(noisy, timestep, self.embed(prompts), return_dict=False)[0]
+        noisy = self.model.noise_scheduler.add_noise(latents, noise, timestep)
+        predicted = self.model.unet(noisy, timestep, self.model.embed(prompts), return_dict=False)[
+            0
+        ]
         error = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
         if self.hparams.min_snr_gamma is not None:
-            alpha = self.noise_scheduler.alphas_cumprod.to(self.device)[timestep]
+            alpha = self.model.noise_scheduler.alphas_cumprod.to(self.device)[timestep]
             error = error * min_snr_weights(alpha, self.hparams.min_snr_gamma)
         return error.mean()
 
@@ -181,7 +180,7 @@ class StableDiffusion(TextToImage):
         distribution = self.encode(batch["image"]) if cached is None else cached
         mean, std = distribution.chunk(2, dim=1)
         sample = mean + std * torch.randn(mean.shape, generator=draw).to(mean)
-        return sample * self.vae.module.config.scaling_factor
+        return sample * self.model.vae.module.config.scaling_factor
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -191,17 +190,8 @@ class StableDiffusion(TextToImage):
             images: `(B, 3, H, W)` in [0, 1].
         """
         with self.trainer.precision_plugin.forward_context():
-            posterior = self.vae.module.encode(images.to(self.device) * 2 - 1).latent_dist
+            posterior = self.model.vae.module.encode(images.to(self.device) * 2 - 1).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
-
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Look up the embedding of a prompt's tokens, `(1, L)`, in the cache, or put it there."""
-        if self.text_cache is None:
-            return super().encode_text(ids)
-        tokens = key_of(ids.tolist())
-        if tokens not in self.text_cache:
-            self.text_cache.write(tokens, super().encode_text(ids))
-        return self.text_cache.read(tokens)
 
     def draws(self, purpose: str, epoch: int, batch_idx: int) -> torch.Generator:
         """Return the generator of this rank's batch."""
@@ -212,7 +202,7 @@ class StableDiffusion(TextToImage):
         if self.hparams.train == "full":
             super().export(folder)
             return
-        pipeline = self.assembled()
-        pipeline.register_modules(unet=merged(self.unet))
+        pipeline = self.model.assembled()
+        pipeline.register_modules(unet=merged(self.model.unet))
         save_pipeline(pipeline, folder)
-        save_lora(self.unet, folder / "lora")
+        save_lora(self.model.unet, folder / "lora")

@@ -15,6 +15,7 @@ from rl4med_ddpo.datamodules.attributes import (
     short_name,
 )
 from rl4med_ddpo.datamodules.describe import TABLE_ORDER
+from rl4med_ddpo.metrics.apr import as_asked
 from rl4med_ddpo.metrics.intervals import wilson_interval
 
 KEYS = tuple(tuple(int(on) for on in condition) for condition in CONDITIONS.tolist())
@@ -45,7 +46,7 @@ def readings(manifest: pd.DataFrame, reader: str) -> NDArray[np.bool_] | None:
 def exact(manifest: pd.DataFrame, present: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Tell which samples show all that was asked for and nothing else: Eq. (3), `(N,)`."""
     asked = manifest[list(ATTRIBUTES)].to_numpy()[:, : present.shape[1]] == 1
-    return (present == asked).all(axis=1)
+    return as_asked(present, asked)
 
 
 def prompt_numbers(manifest: pd.DataFrame) -> NDArray[np.int64]:

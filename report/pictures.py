@@ -12,7 +12,7 @@ from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.metrics.alignment import TABLE_2, exact, prompt_numbers, readings
 from rl4med_ddpo.report.runs import MODELS, Missing, Runs
-from rl4med_ddpo.report.sheet import table_sheet
+from rl4med_ddpo.report.sheet import Panel, save_png, sheet
 from rl4med_ddpo.report.tables import counts_of
 
 SHOWN = 5
@@ -52,13 +52,14 @@ def prompt_figure(runs: Runs, path: Path) -> None:
     of_prompt = prompt_numbers(test)
     cells = [
         [
-            [real[row] for row in (of_prompt == number).nonzero()[0][:SHOWN]],
-            *(samples[model].first(number) for model in MODELS),
+            Panel([real[row] for row in (of_prompt == number).nonzero()[0][:SHOWN]]),
+            *(Panel(samples[model].first(number)) for model in MODELS),
         ]
         for number in numbers
     ]
     labels = [_title(number) for number in numbers]
-    table_sheet(cells, ("Real (test split)", *MODELS), labels, path, "The first images of a prompt")
+    headings = ("Real (test split)", *MODELS)
+    save_png(sheet(cells, labels, headings, "The first images of a prompt"), path)
 
 
 class _Samples:
@@ -94,13 +95,13 @@ def _side_by_side(
     runs: Runs, numbers: list[int], path: Path, title: str, remarks: list[str] | None = None
 ) -> None:
     samples = {model: _Samples(runs, model) for model in MODELS}
-    cells = [[samples[model].first(number) for model in MODELS] for number in numbers]
+    cells = [[Panel(samples[model].first(number)) for model in MODELS] for number in numbers]
     labels = []
     for i, number in enumerate(numbers):
         right = ", ".join(f"{model} {samples[model].right(number)}" for model in MODELS)
         remark = f"  ({remarks[i]})" if remarks else ""
         labels.append(f"{_title(number)}{remark}  as asked, by the judge: {right}")
-    table_sheet(cells, MODELS, labels, path, title)
+    save_png(sheet(cells, labels, MODELS, title), path)
 
 
 def _number(name: str) -> int:

@@ -1,84 +1,139 @@
-"""Images set out on a sheet, with headings and captions, for the eye of a reviewer."""
+"""Sheets of images with captions, labels and headings: grids, tables and pairs."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TILE, GAP, LINE = 128, 6, 15
-HEADING = 22
+from rl4med_ddpo.foundation.files import write_whole
+
+SMALLEST, LARGEST = 128, 256
+FONT_SIZE, LINE, MARGIN = 12, 15, 4
+HEADING_SIZE, HEADING = 14, 22
+BETWEEN_IMAGES, BETWEEN_PANELS = 2, 18
+BACKGROUND, INK, FAINT = "white", "black", "grey"
 
 
-def pair_sheet(
-    left: Sequence[Tensor], right: Sequence[Tensor], captions: Sequence[str], path: Path
-) -> None:
-    """Draw pairs of images `(3, S, S)` uint8, four pairs in a row, each with its caption."""
-    columns, cell = 4, (2 * TILE + 3 * GAP, TILE + LINE + GAP)
-    rows = -(-len(captions) // columns)
-    sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP + HEADING), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, 4), "sample, and its nearest training image", "black", _font(13))
-    for i, (one, other, caption) in enumerate(zip(left, right, captions, strict=True)):
-        x, y = GAP + i % columns * cell[0], HEADING + GAP + i // columns * cell[1]
-        sheet.paste(tile(one), (x, y))
-        sheet.paste(tile(other), (x + TILE + GAP // 2, y))
-        pen.text((x, y + TILE + 1), caption, "black", _font(9))
-    save(sheet, path)
+class Panel(NamedTuple):
+    """Images side by side, with one caption below them.
+
+    Attributes:
+        images: Each `(3, S, S)`, uint8 or floats in [0, 1]; of one size on a sheet. Small ones are
+            enlarged by a whole factor to at least 128 pixels, so that pixels stay square and
+            captions fit; large ones reduced to 256. None says "no image".
+        caption: Wrapped to the panel's width; None leaves no room for one.
+    """
+
+    images: Sequence[Tensor]
+    caption: str | None = None
 
 
-def table_sheet(
-    cells: Sequence[Sequence[Sequence[Tensor]]],
-    columns: Sequence[str],
-    rows: Sequence[str],
-    path: Path,
+def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
+    """Break a sequence of panels into rows."""
+    return [list(panels[first : first + columns]) for first in range(0, len(panels), columns)]
+
+
+def sheet(
+    rows: Sequence[Sequence[Panel]],
+    labels: Sequence[str] = (),
+    headings: Sequence[str] = (),
     title: str = "",
-) -> None:
-    """Draw a table whose cells hold images side by side; an empty cell says so.
+) -> Image.Image:
+    """Draw rows of panels.
 
     Args:
-        cells: For each row and column the images, `(3, S, S)` uint8.
-        columns: Heading of each column.
-        rows: Label of each row, written above its images.
-        path: PNG file to write.
-        title: First line.
+        rows: The panels; a row may be shorter than others.
+        labels: One line above each row; none for no labels.
+        headings: Of each column; none for no headings.
+        title: First line; empty for no title.
     """
-    widest = [max((len(row[i]) for row in cells), default=0) or 1 for i in range(len(columns))]
-    starts = [GAP]
-    for width in widest:
-        starts.append(starts[-1] + width * (TILE + 2) + 3 * GAP)
-    top = HEADING * (2 if title else 1)
-    height = TILE + LINE + GAP
-    sheet = Image.new("RGB", (starts[-1], top + len(cells) * height + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, 4), title, "black", _font(14))
-    for start, name in zip(starts, columns, strict=False):
-        pen.text((start, top - HEADING + 3), name, "black", _font(14))
-    for r, (row, label) in enumerate(zip(cells, rows, strict=True)):
-        y = top + r * height
-        pen.text((GAP, y), label, "black", _font(11))
-        for start, images in zip(starts, row, strict=False):
-            if not images:
-                pen.text((start, y + LINE + TILE // 2), "no image", "grey", _font(12))
-            for i, image in enumerate(images):
-                sheet.paste(tile(image), (start + i * (TILE + 2), y + LINE))
-    save(sheet, path)
-
-
-def tile(image: Tensor) -> Image.Image:
-    """Bring an image `(3, S, S)` uint8 to the sheet's size; small ones keep square pixels."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    small = picture.width <= TILE
-    return picture.resize(
-        (TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    tiles = [[[_tile(image) for image in panel.images] for panel in row] for row in rows]
+    side = next(tile.size for row in tiles for panel in row for tile in panel)
+    widths = [
+        _width(max(len(row[i]) for row in tiles if i < len(row)), side[0])
+        for i in range(max(map(len, tiles)))
+    ]
+    gap = MARGIN if all(len(panel) <= 1 for row in tiles for panel in row) else BETWEEN_PANELS
+    lefts = [MARGIN + sum(widths[:i]) + i * gap for i in range(len(widths))]
+    font = ImageFont.load_default(size=FONT_SIZE)
+    captions = [[_wrap(p.caption, font, w) for p, w in zip(r, widths, strict=False)] for r in rows]
+    lines = max((text.count("\n") + 1 for row in captions for text in row if text is not None),
+                default=0)  # fmt: skip
+    above = LINE if labels else 0
+    height = above + side[1] + LINE * lines + 2 * MARGIN
+    top = HEADING * (bool(title) + bool(headings)) + MARGIN
+    drawn = Image.new(
+        "RGB", (lefts[-1] + widths[-1] + MARGIN, top + len(rows) * height), BACKGROUND
     )
+    pen = ImageDraw.Draw(drawn)
+    heading_font = ImageFont.load_default(size=HEADING_SIZE)
+    pen.text((MARGIN, MARGIN), title, INK, heading_font)
+    for left, heading in zip(lefts, headings, strict=False):
+        pen.text((left, top - HEADING), heading, INK, heading_font)
+    for number, (row, texts) in enumerate(zip(tiles, captions, strict=True)):
+        y = top + number * height
+        if labels:
+            pen.text((MARGIN, y), labels[number], INK, font)
+        for left, panel, text in zip(lefts, row, texts, strict=False):
+            if not panel:
+                pen.text((left, y + above + side[1] // 2), "no image", FAINT, font)
+            for i, tile in enumerate(panel):
+                drawn.paste(tile, (left + i * (side[0] + BETWEEN_IMAGES), y + above))
+            below = (left, y + above + side[1] + 1)
+            pen.multiline_text(below, text or "", INK, font, spacing=LINE - FONT_SIZE)
+    return drawn
 
 
-def save(sheet: Image.Image, path: Path) -> None:
-    """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+def beside(sheets: Sequence[Image.Image], headings: Sequence[str]) -> Image.Image:
+    """Join finished sheets from left to right, each under its heading."""
+    width = sum(one.width for one in sheets) + (len(sheets) - 1) * BETWEEN_PANELS
+    joined = Image.new("RGB", (width, max(one.height for one in sheets) + HEADING), BACKGROUND)
+    pen, left = ImageDraw.Draw(joined), 0
+    for one, heading in zip(sheets, headings, strict=True):
+        pen.text((left + MARGIN, 2), heading, INK, ImageFont.load_default(size=HEADING_SIZE))
+        joined.paste(one, (left, HEADING))
+        left += one.width + BETWEEN_PANELS
+    return joined
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
+def save_png(drawn: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    encoded = io.BytesIO()
+    drawn.save(encoded, format="PNG")
+    write_whole(path, encoded.getvalue())
+
+
+def _width(images: int, side: int) -> int:
+    images = max(images, 1)
+    return images * side + (images - 1) * BETWEEN_IMAGES
+
+
+def _tile(image: Tensor) -> Image.Image:
+    if image.is_floating_point():
+        image = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    tile = Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
+    side = max(tile.size)
+    if side < SMALLEST:
+        factor = -(-SMALLEST // side)
+        return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+    if side > LARGEST:
+        tile.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return tile
+
+
+def _wrap(text: str | None, font: ImageFont.FreeTypeFont, width: int) -> str | None:
+    if text is None:
+        return None
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

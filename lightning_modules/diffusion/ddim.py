@@ -14,7 +14,6 @@ All tensors here are float32 whatever precision the U-Net runs in: a ratio of de
 """
 
 import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.errors import UserError
+
+
+class Transition(NamedTuple):
+    """One denoising step of a batch.
+
+    Attributes:
+        step: Its index.
+        latents: x_t, `(B, C, H, W)`.
+        previous: x_{t-1}, `(B, C, H, W)`.
+        log_prob: Of that action, `(B,)`.
+        noise: The prediction that it was drawn by, `(B, C, H, W)`, a constant.
+    """
+
+    step: int
+    latents: Tensor
+    previous: Tensor
+    log_prob: Tensor
+    noise: Tensor
 
 
 class DDIMSchedule(nn.Module):
@@ -109,6 +126,25 @@ class DDIMSchedule(nn.Module):
         )
         return log_density.mean(dim=(1, 2, 3))
 
+    def draw(
+        self, latents: Tensor, noise: Tensor, step: int, generators: list[torch.Generator]
+    ) -> Transition:
+        """Draw the action of a batch from the policy.
+
+        Args:
+            latents: x_t, `(B, C, H, W)` float32.
+            noise: Guided noise prediction, `(B, C, H, W)`; the log-prob is differentiable by it.
+            step: Index of the transition, the same for all samples.
+            generators: One CPU generator a sample, so that a sample does not depend on its batch.
+        """
+        index = torch.full((len(latents),), step, device=latents.device)
+        draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
+        constant = noise.detach()
+        mean = self.mean(latents, constant, index)
+        previous = mean + self.sigma[step] * draw.to(latents.device)
+        log_prob = self.log_prob(previous, latents, noise, index)
+        return Transition(step, latents, previous, log_prob, constant)
+
     def divergence(self, latents: Tensor, noise: Tensor, other: Tensor, step: Tensor) -> Tensor:
         """KL divergence of two policies' transitions, |mu - mu'|^2 / (2 sigma^2), `(B,)`.
 
@@ -135,50 +171,6 @@ def _require_density(sigma: Tensor, timesteps: Tensor) -> None:
         )
 
 
-class Transition(NamedTuple):
-    """One denoising step of a batch.
-
-    Attributes:
-        step: Its index.
-        previous: x_{t-1}, `(B, C, H, W)`.
-        log_prob: Of that action, `(B,)`.
-        noise: The prediction that it was drawn by, `(B, C, H, W)`, a constant.
-    """
-
-    step: int
-    previous: Tensor
-    log_prob: Tensor
-    noise: Tensor
-
-
 def initial_latents(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
     """Draw x_T ~ N(0, I) on the CPU, `(B, *shape)`, one generator a sample."""
     return randn_tensor((len(generators), *shape), generator=generators, device=torch.device("cpu"))
-
-
-def denoise(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
-    schedule: DDIMSchedule,
-    latents: Tensor,
-    generators: list[torch.Generator],
-) -> Iterator[Transition]:
-    """Walk from x_T to x_0, drawing each action from the policy.
-
-    An action is a constant, whose log-prob is differentiable where gradients are enabled.
-
-    Args:
-        predict_noise: Maps (x_t, step index `(B,)`) to the guided noise prediction.
-        schedule: The transitions.
-        latents: x_T, `(B, C, H, W)` float32.
-        generators: One CPU generator a sample, so that a sample does not depend on its batch.
-    """
-    for i in range(len(schedule)):
-        step = torch.full((len(latents),), i, device=latents.device)
-        noise = predict_noise(latents, step)
-        draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
-        constant = noise.detach()
-        mean = schedule.mean(latents, constant, step)
-        previous = mean + schedule.sigma[i] * draw.to(latents.device)
-        log_prob = schedule.log_prob(previous, latents, noise, step)
-        yield Transition(i, previous, log_prob, constant)
-        latents = previous

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rl4med_ddpo.datamodules.isic import ISICDataset
 from rl4med_ddpo.datamodules.latents import Flips, LatentCache
+from rl4med_ddpo.foundation.progress import progress
 
 Variant = tuple[Path, Flips, Tensor]
 
@@ -39,7 +40,6 @@ def fill(
     missing: MissingVariants,
     encode: Callable[[Tensor], Tensor],
     num_workers: int,
-    report: Callable[[int, int], None],
 ) -> None:
     """Encode and keep what is missing; what an interrupted call has kept is not made again.
 
@@ -50,10 +50,9 @@ def fill(
         missing: What to encode.
         encode: Maps images `(B, 3, H, W)` in [0, 1] to their distributions, `(B, 2C, h, w)`.
         num_workers: Processes that read images.
-        report: Told how many variants are done, of how many.
     """
     for i, variant in enumerate(DataLoader(missing, batch_size=None, num_workers=num_workers)):
         if variant is not None:
             path, flips, image = variant
             missing.cache.write(path, tuple(flips), encode(image[None])[0])
-        report(i + 1, len(missing))
+        progress.report("encoding images", i + 1, len(missing))

@@ -44,6 +44,11 @@ def adapter_layers(unet: UNet2DConditionModel) -> list[nn.Linear]:
     return [module for name, module in unet.named_modules() if name.endswith(ends)]
 
 
+def has_lora(unet: UNet2DConditionModel) -> bool:
+    """Tell whether a U-Net has this project's adapters."""
+    return ADAPTER in getattr(unet, "peft_config", {})
+
+
 @contextmanager
 def without_lora(unet: UNet2DConditionModel) -> Iterator[None]:
     """Let the U-Net compute what it did before it had adapters: the reference policy."""

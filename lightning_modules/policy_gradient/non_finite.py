@@ -5,16 +5,26 @@ as they are, and the count is logged. The samples at fault are written down with
 draw them again. A few updates in a row end the run.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyObjective
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs, Rollout
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage, with_current_keys
 
 FOLDER = "non_finite"
+REDRAW_SETTINGS = (
+    *("seed", "pipeline", "unet", "steps", "eta"),
+    *("guidance", "sample_batch", "train", "lora_rank"),
+)
+"""Options that decide what a sample looks like."""
 
 
 class Fault(NamedTuple):
@@ -98,3 +108,71 @@ def write_faults(
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: weight.detach().cpu() for name, weight in weights.items()}
     torch.save({"faults": [fault._asdict() for fault in faults], **draw, "weights": kept}, file)
+
+
+def faults_of_rollout(rollout: Rollout, rewards: Tensor) -> list[Fault]:
+    """Find the samples whose density or reward, `(n,)`, is not finite."""
+    values = {"density": rollout.log_probs.sum(dim=1), "reward": rewards}
+    return [
+        Fault(what, value, rollout.prompts[row], int(rollout.index[row]))
+        for what, column in values.items()
+        for row, value in enumerate(column.tolist())
+        if not math.isfinite(value)
+    ]
+
+
+def faults_of_update(
+    objective: PolicyObjective,
+    parameters: list[nn.Parameter],
+    rollout: Rollout,
+    passes: list[Pairs],
+) -> list[Fault]:
+    """Find this rank's pairs whose loss or gradient is not finite; no other rank is asked."""
+    found = []
+    for pairs in passes:
+        if is_finite(objective, parameters, rollout, pairs):
+            continue
+        for row, step, advantage in zip(*(c.split(1) for c in pairs), strict=True):
+            single = Pairs(row, step, advantage)
+            if is_finite(objective, parameters, rollout, single):
+                continue
+            loss = objective(rollout, single).loss.item()
+            sample = rollout.prompts[int(row)], int(rollout.index[row])
+            what = "gradient" if math.isfinite(loss) else "loss"
+            value = loss if what == "loss" else float("nan")
+            found.append(Fault(what, value, *sample, int(step)))
+    return found
+
+
+def is_finite(
+    objective: PolicyObjective, parameters: list[nn.Parameter], rollout: Rollout, pairs: Pairs
+) -> bool:
+    """Return whether the loss and the gradient of some pairs are finite."""
+    loss = objective(rollout, pairs).loss.sum()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return all(bool(x.isfinite().all()) for x in (loss, *gradients) if x is not None)
+
+
+def draw_again(policy: TextToImage, file: Path) -> Tensor:
+    """Draw the samples that a fault file names, with the weights that drew them.
+
+    Args:
+        policy: Configured with the settings that the file holds; its weights are replaced.
+        file: What a skipped update left.
+
+    Returns:
+        For each of the F faults the states x_T to x_0, `(F, T + 1, C, h, w)`.
+    """
+    kept = torch.load(file, weights_only=True)
+    names = [name for name in REDRAW_SETTINGS if name != "pipeline"]
+    other = [f"{n}={policy.hparams[n]!r}" for n in names if policy.hparams[n] != kept[n]]
+    if other:
+        wanted = ", ".join(f"{name}={kept[name]!r}" for name in names)
+        raise UserError(f"{file} was drawn with {wanted}; the policy given has {', '.join(other)}")
+    policy.load_state_dict(with_current_keys(kept["weights"]))
+    faults = kept["faults"]
+    index = torch.tensor([fault["index"] for fault in faults])
+    noise_keys = keys(kept["seed"], "rollout", kept["epoch"], index)
+    with torch.no_grad():
+        steps = list(policy.model.trajectory([fault["prompt"] for fault in faults], noise_keys))
+        return torch.stack([steps[0].latents, *(step.previous for step in steps)], dim=1)

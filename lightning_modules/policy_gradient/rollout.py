@@ -1,7 +1,6 @@
 """What a rollout leaves for the updates, and which of it each update trains on."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Rollout:
         latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
         log_probs: log p of each action under the policy that took it, `(n, T)` float32.
         scored: What the images of x_0 earned; the images themselves are not kept.
-        looks: Their colour and layout, `(n, F)` in [0, 1].
+        appearance: Their colour and layout, `(n, F)` in [0, 1].
     """
 
     index: Tensor
@@ -34,7 +33,7 @@ class Rollout:
     latents: Tensor
     log_probs: Tensor
     scored: Rewards
-    looks: Tensor
+    appearance: Tensor
 
     def transitions(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return states and actions, x_t and x_{t-1}, each `(P, C, h, w)` on the device.
@@ -47,20 +46,13 @@ class Rollout:
         state, action = self.latents[row, step], self.latents[row, step + 1]
         return state.to(device, non_blocking=True), action.to(device, non_blocking=True)
 
-    def record(self, rows: slice, latents: Tensor, transitions: Iterable[Transition]) -> Tensor:
-        """Follow a walk of some samples from x_T, keep each step in its place, and return x_0.
-
-        Args:
-            rows: The samples, B of n.
-            latents: x_T, `(B, C, h, w)`.
-            transitions: The steps, taken as they are asked for.
-        """
-        self.latents[rows, 0] = latents
-        for transition in transitions:
-            latents = transition.previous
-            self.latents[rows, transition.step + 1] = latents
-            self.log_probs[rows, transition.step] = transition.log_prob
-        return latents
+    def keep(self, rows: slice, transition: Transition) -> Tensor:
+        """Store a transition of some samples, B of n, and return the state it leads to."""
+        if transition.step == 0:
+            self.latents[rows, 0] = transition.latents
+        self.latents[rows, transition.step + 1] = transition.previous
+        self.log_probs[rows, transition.step] = transition.log_prob.detach()
+        return transition.previous
 
 
 def empty_rollout(
@@ -85,7 +77,7 @@ def empty_rollout(
         latents=torch.empty(n, *shape, device=kept, pin_memory=pinned),
         log_probs=torch.empty(n, shape[0] - 1, device=device),
         scored=Rewards(torch.empty(0, device=device), {}),
-        looks=torch.empty(0, device=device),
+        appearance=torch.empty(0, device=device),
     )
 
 
@@ -169,3 +161,23 @@ def plan_passes(
     chunks = zip(*(column.split(micro_batch) for column in pairs), strict=True)
     planned = [Pairs(*columns) for columns in chunks if len(columns[0])]
     return planned + [idle] * (passes - len(planned))
+
+
+def blank_rollout(steps: int, latent_shape: tuple[int, ...], device: torch.device) -> Rollout:
+    """Return one sample of zeros, to try what a pass costs."""
+    rollout = empty_rollout(
+        torch.zeros(1, dtype=torch.long),
+        [""],
+        torch.zeros(1, 1, device=device),
+        (steps + 1, *latent_shape),
+        on_host=False,
+    )
+    rollout.latents.zero_()
+    rollout.log_probs.zero_()
+    return rollout
+
+
+def blank_pairs(n: int, steps: int) -> Pairs:
+    """Return n pairs of the one sample of a blank rollout."""
+    row = torch.zeros(n, dtype=torch.long)
+    return Pairs(row, torch.arange(n) % steps, torch.ones(n))

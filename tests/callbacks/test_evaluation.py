@@ -76,12 +76,12 @@ def test_every_number_says_what_it_rests_on(scored):
     _, results = scored
     provenance = results["provenance"]
     for name in ("judge", "reward"):
-        assert len(provenance[name]["sha256"]) == 64
-    assert provenance["judge"]["sha256"] != provenance["reward"]["sha256"]
+        assert len(provenance[name]["digest"]) == 16
+    assert provenance["judge"]["digest"] != provenance["reward"]["digest"]
     assert provenance["data"]["images"] == {"train": 115, "val": 21, "test": 24}
     assert {"torch", "torch-fidelity", "lpips"} <= provenance["versions"].keys()
     network = results["features"]["classifier"]
-    assert network["sha256"] == provenance["judge"]["sha256"]
+    assert network["digest"] == provenance["judge"]["digest"]
     assert "antialiased" in network["resize"]
     distances = results["distribution"]["classifier"]
     assert next(iter(distances)) == "kernel"

@@ -4,7 +4,6 @@ The policy is small enough to learn in ten rollouts: the noise that it predicts 
 number for each channel and quarter of the image. Brightening a corner brightens its quarter.
 """
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -66,20 +65,12 @@ class QuartersPolicy(DDPO):
 
     def configure_model(self):
         super().configure_model()
-        self.unet = Quarters()
+        self.model.unet = Quarters()
+        self.model.decode = lambda latents: latents[:, :3].sigmoid()
+        self.scorer.judge = Judge()
 
-    def load_scorers(self):
-        super().load_scorers()
-        self.judge = Judge()
-
-    def decode(self, latents):
-        return latents[:, :3].sigmoid()
-
-    @contextmanager
-    def before_training(self):
-        trained, self.unet = self.unet, Quarters()
-        yield
-        self.unet = trained
+    def unet_before_training(self):
+        return Quarters()
 
 
 @pytest.fixture

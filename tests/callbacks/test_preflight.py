@@ -3,8 +3,9 @@ import logging
 import pytest
 import torch
 
-from rl4med_ddpo.callbacks.preflight import Epoch, seconds, table
+from rl4med_ddpo.callbacks.preflight import Preflight, seconds, seconds_of, table
 from rl4med_ddpo.lightning_modules import Brightness
+from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
 from support.tiny import RecordedDDPO, prompts, quiet_trainer, tiny_ddpo
 
 PAPER = Epoch(
@@ -22,7 +23,7 @@ def test_an_epoch_is_counted():
 
 
 def test_the_table_says_all_of_it():
-    said = table(PAPER, batch_step_seconds=0.5, pass_seconds=0.1)
+    said = table(PAPER, *seconds_of(PAPER, step=0.5, training=0.1))
     rows = {line[:20].strip(): line[20:].split() for line in said.splitlines()[1:]}
     numbers = {name: row[0] for name, row in rows.items()}
     assert numbers == {
@@ -39,9 +40,9 @@ def test_before_the_first_rollout_the_table_says_what_the_run_then_does(
     done = []
 
     class Counted(RecordedDDPO):
-        def rollout(self, *args):
+        def order(self, batch):
             done.append(caplog.text.count("An epoch of DDPO"))
-            return super().rollout(*args)
+            return super().order(batch)
 
         def accumulate(self, rollout, passes):
             self.passes_made = len(passes)
@@ -51,7 +52,7 @@ def test_before_the_first_rollout_the_table_says_what_the_run_then_does(
         tiny_pipeline, tiny_classifiers, kind=Counted, reward=Brightness(), micro_batch=5,
         timestep_fraction=0.5, inner_epochs=2,
     )  # fmt: skip
-    trainer = quiet_trainer(tmp_path, max_epochs=2)
+    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[Preflight()])
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with caplog.at_level(logging.INFO, logger=logger.name):
         trainer.fit(policy, datamodule=prompts(32))
@@ -63,6 +64,12 @@ def test_before_the_first_rollout_the_table_says_what_the_run_then_does(
     size = policy.rollouts[0].latents.numel() * 4 / 1e6
     assert float(rows["latents"][0]) == pytest.approx(size, abs=0.05)
     assert float(rows["seconds"][0]) > 0
+
+
+def test_the_estimate_of_one_pass_has_no_pass_of_its_own():
+    """A step of a batch takes a second, a training pass of half as many pairs six."""
+    epoch = Epoch(16, 1, 8, 4, 2, 4, 1, 1, 0, on_host=False, one_pass=True)
+    assert seconds_of(epoch, 1.0, 6.0) == (2 * (2 * 12.0 + 2 * 1.0), 0.0)
 
 
 def test_the_second_of_two_runs_is_timed():

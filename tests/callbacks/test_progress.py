@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from rl4med_ddpo.callbacks import progress
+from rl4med_ddpo.callbacks import progress as bars
 from rl4med_ddpo.callbacks.progress import InnerProgressBar
-from support.policies import Policy, loader, silent, trainer_of
+from rl4med_ddpo.foundation.progress import progress
+from support.policies import Policy, loader, trainer_of
 
 
 class Terminal(io.StringIO):
@@ -40,16 +41,16 @@ def test_a_terminal_sees_every_phase_move_to_its_end(tmp_path, monkeypatch):
 def test_bars_follow_their_reports(tmp_path, monkeypatch):
     class Watching(Policy):
         def training_step(self, batch, batch_idx):
-            bars = self.trainer.progress_bar_callback._inner
+            shown = self.trainer.progress_bar_callback._inner
             positions = []
             for done in (1, 4, 5):
-                self.report_progress("rollout", done, 5)
-                positions.append((bars["rollout"].n, bars["rollout"].total))
-            self.report_progress("update", 1, 2)
-            positions.append(sorted(bars))
-            self.report_progress("update", 2, 2)
-            self.report_progress("update", 1, 3)
-            positions.append((bars["update"].n, bars["update"].total))
+                progress.report("rollout", done, 5)
+                positions.append((shown["rollout"].n, shown["rollout"].total))
+            progress.report("update", 1, 2)
+            positions.append(sorted(shown))
+            progress.report("update", 2, 2)
+            progress.report("update", 1, 3)
+            positions.append((shown["update"].n, shown["update"].total))
             self.positions = positions
 
     module, trainer = fit(tmp_path, monkeypatch, Terminal(), Watching(), max_epochs=1)
@@ -67,7 +68,7 @@ def test_a_clock_that_is_set_back_does_not_stop_the_bars(tmp_path, monkeypatch):
         def training_step(self, batch, batch_idx):
             for done in range(1, 4):
                 time.sleep(0.15)
-                self.report_progress("rollout", done, 3)
+                progress.report("rollout", done, 3)
 
     terminal = Terminal()
     fit(tmp_path, monkeypatch, terminal, Slow(), max_epochs=2)
@@ -86,7 +87,7 @@ def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, ca
 
 
 def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", "lightning.pytorch"):
         fit(tmp_path, monkeypatch, io.StringIO(), max_epochs=1)
     lines = [r.message for r in caplog.records if r.message.startswith("epoch 1: ")]
@@ -95,7 +96,7 @@ def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, ca
 
 
 def test_a_log_of_a_long_test_says_which_batch(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     trainer = trainer_of(tmp_path, InnerProgressBar(), enable_progress_bar=True)
     with caplog.at_level("INFO", "lightning.pytorch"):
@@ -105,42 +106,42 @@ def test_a_log_of_a_long_test_says_which_batch(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("stdout", [Terminal(), io.StringIO()])
-def test_the_module_is_silent_again_afterwards(tmp_path, monkeypatch, stdout):
+def test_nobody_listens_afterwards(tmp_path, monkeypatch, stdout):
+    before = list(progress._listeners)
     module, trainer = fit(tmp_path, monkeypatch, stdout, max_epochs=1)
-    assert module.report_progress is silent
+    assert progress._listeners == before
     trainer.test(module, loader(), verbose=False)
-    assert module.report_progress is silent
+    assert progress._listeners == before
 
 
-def test_the_module_is_silent_again_after_an_error(tmp_path, monkeypatch):
+def test_nobody_listens_after_an_error(tmp_path, monkeypatch):
+    before = list(progress._listeners)
+
     class Failing(Policy):
         def training_step(self, batch, batch_idx):
-            assert self.report_progress is not silent
+            assert progress._listeners != before
             raise RuntimeError("out of memory")
 
-    module = Failing()
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(tmp_path, monkeypatch, Terminal(), module)
-    assert module.report_progress is silent
+        fit(tmp_path, monkeypatch, Terminal(), Failing())
+    assert progress._listeners == before
 
 
 def test_the_module_can_be_copied_while_it_reports(tmp_path, monkeypatch):
     class Copying(Policy):
         def training_step(self, batch, batch_idx):
-            self.report_progress("rollout", 1, 2)
-            self.copied = deepcopy(self.__dict__["report_progress"]) is self.report_progress
+            progress.report("rollout", 1, 2)
+            self.copied = type(deepcopy(self)) is Copying
 
     assert fit(tmp_path, monkeypatch, Terminal(), Copying(), max_epochs=1)[0].copied
 
 
-def test_a_module_that_does_not_report_is_left_alone(tmp_path, monkeypatch):
+def test_what_has_no_length_moves_no_bar(tmp_path, monkeypatch):
     class Plain(Policy):
-        report_progress = None
-
         def training_step(self, batch, batch_idx):
+            progress.report("save.fsync")
+            self.bars = dict(self.trainer.progress_bar_callback._inner)
             return self.optimizers().step()
 
-    del Plain.report_progress
-    monkeypatch.delattr(Policy, "report_progress")
     module, _ = fit(tmp_path, monkeypatch, Terminal(), Plain(), max_epochs=1)
-    assert not hasattr(module, "report_progress")
+    assert module.bars == {}

@@ -19,12 +19,14 @@ from rl4med_ddpo.datamodules.attributes import (
     CONDITIONS,
     PROMPTS,
     condition_of,
+    short_name,
 )
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import key
 from rl4med_ddpo.lightning_modules import Brightness
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
@@ -135,7 +137,7 @@ def test_an_image_is_the_same_whatever_other_prompts_are_drawn(networks, one_go,
     """Prompts 0 and 1 alone: sample 0 and 1 have their prompt and index in both folders."""
     predict(tmp_path / "two", networks, prompts=list(PROMPTS[:2]), batch=4)
     for index in (0, 1):
-        name = f"{INPUT}/{sample_id(PROMPTS[index], index)}.png"
+        name = f"{INPUT}/{sample_id(short_name(CONDITIONS[index]), index)}.png"
         assert (tmp_path / "two" / name).read_bytes() == (one_go / name).read_bytes()
 
 
@@ -178,7 +180,7 @@ def test_samples_of_other_settings_are_not_mixed(
     networks, one_go, adapters, tmp_path, options, message
 ):
     folder = copy_of(one_go, tmp_path / "samples")
-    (folder / INPUT / f"{sample_id(PROMPTS[0], 0)}.png").unlink()
+    (folder / INPUT / f"{sample_id(short_name(CONDITIONS[0]), 0)}.png").unlink()
     before = contents(folder)
     if "policy" in options:
         options = {"policy": adapters}
@@ -265,11 +267,11 @@ def test_the_isic_reader_reads_the_folder_with_the_prompts_as_labels(one_go):
 
 
 def test_ids_tell_prompt_and_index():
-    ids = [sample_id(prompt, index) for prompt in PROMPTS for index in (0, 959, 2_000_000)]
+    ids = [sample_id(short_name(c), index) for c in CONDITIONS for index in (0, 959, 2_000_000)]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[A-Za-z0-9_]+", name) for name in ids)
-    prompt = PROMPTS[CONDITIONS.tolist().index(condition_of("NV", ("hair", "gel_bubble")).tolist())]
-    assert sample_id(prompt, 37) == "NV_hair_gel_bubble_000037"
+    name = short_name(condition_of("NV", ("hair", "gel_bubble")))
+    assert sample_id(name, 37) == "NV_hair_gel_bubble_000037"
 
 
 def test_the_command_keeps_no_prediction_in_memory(networks, tmp_path):
@@ -283,10 +285,12 @@ def test_a_cpu_computes_on_one_thread_and_gets_the_others_back(networks, tmp_pat
     torch.set_num_threads(2)
     try:
         module = module_of(networks, steps=1)
-        module.report_progress = lambda *_: used.append(torch.get_num_threads())
+        note = lambda *_: used.append(torch.get_num_threads())  # noqa: E731
+        progress.subscribe(note)
         data = ISICPromptDataModule(test_samples_per_prompt=1)
         folder = SampleFolder(str(tmp_path / "samples"))
         quiet_trainer(tmp_path, folder).predict(module, data, return_predictions=False)
+        progress.unsubscribe(note)
         assert set(used) == {1}
         assert torch.get_num_threads() == 2
     finally:

@@ -69,13 +69,13 @@ def test_tensorboard_gets_the_picture_at_the_step_of_the_scalars(tmp_path):
 
 def test_captions_say_what_was_asked_and_what_it_earned(tmp_path, monkeypatch):
     seen = []
-    draw = sample_grid.caption_grid
+    draw = sample_grid.sheet
 
-    def spy(images, captions, columns):
-        seen.append(captions)
-        return draw(images, captions, columns)
+    def spy(rows):
+        seen.append([panel.caption for row in rows for panel in row])
+        return draw(rows)
 
-    monkeypatch.setattr(sample_grid, "caption_grid", spy)
+    monkeypatch.setattr(sample_grid, "sheet", spy)
     chosen = [PROMPTS[0], PROMPTS[-1]]
     for module in (Policy(), RewardedPolicy()):
         grid = SampleGrid(prompts=chosen, samples_per_prompt=1)

@@ -2,7 +2,8 @@ import pytest
 import torch
 import yaml
 
-from rl4med_ddpo.command_line import CONFIGS, user_message
+from rl4med_ddpo.command_line.main import user_message
+from rl4med_ddpo.command_line.parser import CONFIGS
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import ROOT, as_process, ddpo, in_process

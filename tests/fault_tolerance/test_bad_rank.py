@@ -17,14 +17,21 @@ class SpoiltOnOne(DDPO):
     def is_spoilt(self):
         return self.global_rank == 1 and self.current_epoch in self.spoilt_epochs
 
-    def rollout(self, *args):
-        rollout = super().rollout(*args)
+    def configure_model(self):
+        if hasattr(self, "model"):
+            return
+        super().configure_model()
+        self.decode, self.collect = self.model.decode, self.sampler.collect
+        self.model.decode, self.sampler.collect = self.spoilt_images, self.spoilt_rollout
+
+    def spoilt_rollout(self, *args):
+        rollout = self.collect(*args)
         if self.is_spoilt and self.where == "latent":
             rollout.latents[0, 1, 0, 0, 0] = math.nan
         return rollout
 
-    def decode(self, latents):
-        images = super().decode(latents)
+    def spoilt_images(self, latents):
+        images = self.decode(latents)
         if self.is_spoilt and self.where == "reward":
             images[0] = math.nan
         return images

@@ -4,9 +4,9 @@ import shutil
 import pytest
 import torch
 
-from rl4med_ddpo.fault_tolerance.settings import commits_of, differences, is_allowed, settings_of
+from rl4med_ddpo.fault_tolerance.settings import differences, is_allowed, settings_of
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
 from support.command_line import ddpo, in_process
 from support.tiny_runs import last
 
@@ -150,12 +150,11 @@ def test_a_pipeline_of_the_hub_counts_by_its_commit(
 
 def test_pretrained_weights_of_timm_count_by_their_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    settings = {"model.backbone": "efficientnet_b0", "model.pretrained": True}
-    assert commits_of(settings) == {}
+    assert AttributeClassifier("efficientnet_b0").commits() == {"pretrained": None}
     there = tmp_path / "models--timm--efficientnet_b0.ra_in1k"
     (there / "snapshots" / ("1" * 40)).mkdir(parents=True)
     (there / "snapshots" / ("1" * 40) / "model.safetensors").touch()
     (there / "refs").mkdir()
     (there / "refs" / "main").write_text("1" * 40)
-    assert commits_of(settings) == {"commit of model.pretrained": "1" * 40}
-    assert commits_of(settings | {"model.pretrained": False}) == {}
+    assert AttributeClassifier("efficientnet_b0").commits() == {"pretrained": "1" * 40}
+    assert AttributeClassifier("efficientnet_b0", False).commits() == {"pretrained": None}

@@ -61,7 +61,7 @@ def test_a_dead_or_stopped_process_ends_the_run(
     if "stop" in fault:
         stacks = (folder / "stacks" / "process_1.txt").read_text()
         assert "in training_step" in stacks
-        assert "in rollout" in stacks
+        assert "in collect" in stacks
 
 
 def test_a_hung_process_ends_the_run(policy, tmp_path, monkeypatch, capfd):
@@ -90,6 +90,7 @@ def test_the_real_command_line_leaves_no_orphan(tiny_pipeline, tiny_classifiers,
         tmp_path,
         *ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers),
         *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500"),
+        "--trainer.callbacks+=support.faults.Faults",
         FAULT="update:3:kill:1",
     )
     _, said = process.communicate(timeout=280)

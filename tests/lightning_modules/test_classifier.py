@@ -167,7 +167,9 @@ def test_loading_a_classifier_trained_from_pretrained_weights_fetches_nothing(
     checkpoint = torch.load(trained[2], weights_only=True)
     checkpoint["hyper_parameters"]["pretrained"] = True
     torch.save(checkpoint, tmp_path / "pretrained.ckpt")
-    monkeypatch.setattr("rl4med_ddpo.lightning_modules.backbone._pretrained_file", pytest.fail)
+    monkeypatch.setattr(
+        "rl4med_ddpo.lightning_modules.networks.backbone._pretrained_file", pytest.fail
+    )
     assert load_classifier(tmp_path / "pretrained.ckpt").pretrained is False
 
 

@@ -5,7 +5,7 @@ from torch.distributions import Normal, kl_divergence
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import generator
-from rl4med_ddpo.lightning_modules.diffusion.ddim import DDIMSchedule, denoise, initial_latents
+from rl4med_ddpo.lightning_modules.diffusion.ddim import DDIMSchedule, initial_latents
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -20,6 +20,15 @@ STABLE_DIFFUSION = {
 
 def scheduler(**options):
     return DDIMScheduler(**(STABLE_DIFFUSION | options))
+
+
+def trajectory(schedule, predict, latents, generators):
+    """Each transition in turn, as the model walks."""
+    for step in range(len(schedule)):
+        noise = predict(latents, torch.full((len(latents),), step))
+        transition = schedule.draw(latents, noise, step, generators)
+        yield transition
+        latents = transition.previous
 
 
 def draws(seed, *shape):
@@ -40,7 +49,7 @@ def test_each_transition_is_that_of_diffusers(steps, eta):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_the_walk_is_that_of_diffusers_pipeline():
+def test_the_trajectory_is_that_of_diffusers_pipeline():
     schedule, theirs = DDIMSchedule(scheduler(), 50), scheduler()
     theirs.set_timesteps(50)
 
@@ -49,7 +58,7 @@ def test_the_walk_is_that_of_diffusers_pipeline():
 
     generators = [generator(k) for k in (3, 4)]
     latents = initial_latents((4, 8, 8), generators)
-    *_, last = denoise(predict, schedule, latents, generators)
+    *_, last = trajectory(schedule, predict, latents, generators)
     again = [generator(k) for k in (3, 4)]
     expected = torch.stack([torch.randn(4, 8, 8, generator=g) for g in again])
     for timestep in theirs.timesteps:
@@ -102,9 +111,10 @@ def test_actions_are_drawn_from_the_density_they_are_scored_by():
     schedule = DDIMSchedule(scheduler(), 5)
     generators = [generator(k) for k in range(8)]
     latents = initial_latents((4, 16, 16), generators)
-    transitions = list(denoise(lambda x, step: 0.5 * x, schedule, latents, generators))
+    transitions = list(trajectory(schedule, lambda x, step: 0.5 * x, latents, generators))
     assert [t.step for t in transitions] == [0, 1, 2, 3, 4]
     for i, transition in enumerate(transitions):
+        assert torch.equal(transition.latents, latents)
         step = torch.full((8,), i)
         score = schedule.log_prob(transition.previous, latents, 0.5 * latents, step)
         assert torch.equal(score, transition.log_prob)
@@ -118,15 +128,15 @@ def test_actions_are_drawn_from_the_density_they_are_scored_by():
 def test_a_sample_does_not_depend_on_its_batch():
     schedule = DDIMSchedule(scheduler(), 5)
 
-    def walk(keys):
+    def final(keys):
         generators = [generator(k) for k in keys]
         latents = initial_latents((4, 8, 8), generators)
-        *_, last = denoise(lambda x, step: 0.5 * x, schedule, latents, generators)
+        *_, last = trajectory(schedule, lambda x, step: 0.5 * x, latents, generators)
         return last.previous
 
-    whole = walk([10, 11, 12, 13])
-    assert torch.equal(whole[2:], walk([12, 13]))
-    assert torch.equal(whole[1], walk([11])[0])
+    whole = final([10, 11, 12, 13])
+    assert torch.equal(whole[2:], final([12, 13]))
+    assert torch.equal(whole[1], final([11])[0])
     assert not torch.equal(whole[0], whole[1])
 
 

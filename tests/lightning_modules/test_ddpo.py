@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import keys
 from rl4med_ddpo.lightning_modules import DDPO, Brightness
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
@@ -30,9 +31,11 @@ def make(tiny_pipeline, tiny_classifiers):
 
 def slow_transition(policy, unet, prompt, x, i):
     """Mean and deviation of a transition by the paper's formula, one network run at a time."""
-    scheduler = policy.noise_scheduler
+    scheduler = policy.model.noise_scheduler
     times = scheduler.timesteps
-    unconditional, noise = (unet(x, times[i], policy.embed([text])).sample for text in ("", prompt))
+    unconditional, noise = (
+        unet(x, times[i], policy.model.embed([text])).sample for text in ("", prompt)
+    )
     if policy.hparams.guidance_in_training:
         noise = unconditional + policy.hparams.guidance * (noise - unconditional)
     alphas = scheduler.alphas_cumprod
@@ -54,7 +57,7 @@ def slow_gradient(policy, rollout, rows, steps, advantages, weights):
         for i in chosen:
             x, action = rollout.latents[row, i][None], rollout.latents[row, i + 1][None]
             prompt = rollout.prompts[row]
-            mean, s = slow_transition(policy, policy.unet, prompt, x, i)
+            mean, s = slow_transition(policy, policy.model.unet, prompt, x, i)
             log_prob = Normal(mean, s).log_prob(action).mean()
             ratio = (log_prob - rollout.log_probs[row, i]).exp()
             clipped = ratio.clamp(1 - below, 1 + above)
@@ -125,9 +128,16 @@ def test_the_ratio_is_one_before_the_first_update(make, tmp_path, micro_batch):
 
 def test_rounding_that_the_clip_range_would_eat_is_refused(make, tmp_path):
     class Rounded(RecordedDDPO):
-        def rollout(self, *args):
-            rollout = super().rollout(*args)
-            return replace(rollout, log_probs=rollout.log_probs.half().float())
+        def make_sampler(self):
+            sampler = super().make_sampler()
+            collect = sampler.collect
+
+            def rounded(*args):
+                rollout = collect(*args)
+                return replace(rollout, log_probs=rollout.log_probs.half().float())
+
+            sampler.collect = rounded
+            return sampler
 
     with pytest.raises(UserError, match=r"the ratio of unchanged weights .* 32-true is too low"):
         fit(make(kind=Rounded, clip_range=1e-4), tmp_path)
@@ -151,7 +161,7 @@ def sgd(parameters):
 
 def tiny_weights(policy):
     unet = load_pipeline(policy.hparams.pipeline).unet
-    return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+    return {f"model.unet.{name}": tensor for name, tensor in unet.state_dict().items()}
 
 
 def test_a_batch_of_any_size_samples_the_same_images(make, tmp_path):
@@ -161,7 +171,7 @@ def test_a_batch_of_any_size_samples_the_same_images(make, tmp_path):
     one, *others = (p.rollouts[0] for p in policies)
     for other in others:
         torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-4)
-        torch.testing.assert_close(one.looks, other.looks, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.appearance, other.appearance, rtol=0, atol=1e-4)
 
 
 def test_samples_without_advantage_are_skipped_and_weigh_zero(make, tmp_path):
@@ -183,10 +193,14 @@ def test_samples_without_advantage_are_skipped_and_weigh_zero(make, tmp_path):
     for kind in (RecordedDDPO, Weighed):
         policy = make(kind=kind, train="full", reward=Tied(), std_floor=1e-4, optimizer=sgd)
         seen = []
-        policy.report_progress = lambda phase, done, total, seen=seen: (
-            seen.append(total) if phase == "update" else None
-        )
+
+        def note(phase, done, total, seen=seen):
+            if phase == "update":
+                seen.append(total)
+
+        progress.subscribe(note)
         trainer = fit(policy, tmp_path)
+        progress.unsubscribe(note)
         states.append(state_of(policy))
         passes.append(len(seen))
         assert trainer.callback_metrics["reward/flat_groups"] == 0.25
@@ -215,7 +229,7 @@ def test_a_checkpoint_holds_only_what_is_trained(make, tmp_path, train):
     names = set(checkpoint["state_dict"])
     assert names
     if train == "lora":
-        assert all(name.startswith("unet.") and "lora_" in name for name in names)
+        assert all(name.startswith("model.unet.") and "lora_" in name for name in names)
     else:
         assert names == set(tiny_weights(policy))
     assert sum(len(rewards) for rewards in checkpoint["reward_window"].values()) == 16
@@ -252,13 +266,15 @@ def test_advantages_go_to_the_samples_that_earned_them(make, tmp_path):
     policy = make(baseline="none")
     fit(policy, tmp_path)
     (rollout,), ((advantages, _),) = policy.rollouts, policy.given
-    images = policy.decode(rollout.latents[:, -1])
+    images = policy.model.decode(rollout.latents[:, -1])
     assert torch.equal(advantages, policy.reward(images, rollout.conditions).value)
     for row, text in enumerate(rollout.prompts):
         assert torch.equal(rollout.conditions[row], CONDITIONS[prompt_id(text)])
         key = keys(42, "rollout", 0, rollout.index[row : row + 1])
         # the image of a rollout can be drawn again, alone, by its key; LoRA has moved since
-        assert torch.equal(policy.walk([text], key)[0][0], rollout.latents[row, 0])
+        assert torch.equal(
+            next(policy.model.trajectory([text], key)).latents[0], rollout.latents[row, 0]
+        )
 
 
 def test_every_epoch_draws_new_noise(make, tmp_path):
@@ -286,8 +302,9 @@ def test_the_reward_rises(make, tmp_path, sign):
     class Clear(RecordedDDPO):
         """Its latents are seen as they are, for an untrained decoder's brightness hardly moves."""
 
-        def decode(self, latents):
-            return latents[:, :3].sigmoid()
+        def configure_model(self):
+            super().configure_model()
+            self.model.decode = lambda latents: latents[:, :3].sigmoid()
 
     class Signed(Brightness):
         def forward(self, images, conditions):
@@ -301,8 +318,8 @@ def test_the_reward_rises(make, tmp_path, sign):
     fit(policy, tmp_path, epochs=8)
     texts, key = list(PROMPTS), torch.arange(32)
     after = policy.generate(texts, key).mean(dim=(1, 2, 3))
-    load = {name.removeprefix("unet."): w for name, w in tiny_weights(policy).items()}
-    policy.unet.load_state_dict(load)
+    load = {name.removeprefix("model.unet."): w for name, w in tiny_weights(policy).items()}
+    policy.model.unet.load_state_dict(load)
     change = sign * (after - policy.generate(texts, key).mean(dim=(1, 2, 3)))
     assert change.mean() > 0.01
     assert (change > 0).sum() >= 24
@@ -345,7 +362,7 @@ def test_validation_repeats_its_noise_and_leaves_training_alone(make, tmp_path):
     fit(without, tmp_path, epochs=2)
     assert distance(state_of(with_validation), state_of(without)) == 0
     assert with_validation.training
-    assert with_validation.unet.training
+    assert with_validation.model.unet.training
     first = trainer.validate(with_validation, data, verbose=False)
     assert first == trainer.validate(with_validation, data, verbose=False)
     assert 0 <= first[0]["val/apr"] <= 1
@@ -358,7 +375,7 @@ def test_apr_is_the_share_of_images_whose_artifacts_are_as_asked(make, tmp_path)
     hits, rewards = [], []
     for batch in data.test_dataloader():
         images = policy.generate(batch["prompt"], keys(42, "test", 0, batch["index"]))
-        read = policy.judge(images).sigmoid() > 0.5
+        read = policy.scorer.judge(images).sigmoid() > 0.5
         asked = batch["condition"][:, : len(ARTIFACTS)].bool()
         hits += [r.tolist() == a.tolist() for r, a in zip(read, asked, strict=True)]
         rewards += policy.reward_of(images, batch["condition"]).tolist()
@@ -379,7 +396,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(make, tmp_path, t
     for policy, says in cases:
         with pytest.raises(UserError, match=says):
             fit(policy, tmp_path)
-        assert not hasattr(policy, "unet")
+        assert not hasattr(policy, "model")
     missing = make(policy=str(tmp_path / "no_policy"))
     with pytest.raises(UserError, match=r"the trained policy, made by: .* ddpo\.yaml"):
         quiet_trainer(tmp_path).test(missing, prompts(), verbose=False)
@@ -399,14 +416,15 @@ def test_the_reference_is_the_policy_before_training_without_a_copy(make, tmp_pa
     policy = make(kl_weight=1.0, optimizer=sgd)
     trainer = fit(policy, tmp_path)
     base = load_pipeline(policy.hparams.pipeline).unet
-    x, step, text = policy.rollouts[0].latents[:2, 1], torch.tensor([1, 1]), policy.embed([""] * 2)
-    trainable = [p for p in policy.unet.parameters() if p.requires_grad]
-    found = policy.reference_noise(x, step, text)
+    x, step = policy.rollouts[0].latents[:2, 1], torch.tensor([1, 1])
+    text = policy.model.embed([""] * 2)
+    trainable = [p for p in policy.model.unet.parameters() if p.requires_grad]
+    found = policy.objective.reference_noise(x, step, text)
     # an empty prompt has nothing to be guided to
-    expected = base(x, policy.schedule.timesteps[step], text).sample
+    expected = base(x, policy.model.schedule.timesteps[step], text).sample
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert (policy.trained_noise(x, step, text) - expected).abs().max() > 1e-4
-    assert [p for p in policy.unet.parameters() if p.requires_grad] == trainable
+    assert (policy.objective.noise(x, step, text) - expected).abs().max() > 1e-4
+    assert [p for p in policy.model.unet.parameters() if p.requires_grad] == trainable
     assert trainer.callback_metrics["policy/reference_kl"] > 0
 
 
@@ -421,15 +439,14 @@ def test_validation_says_how_far_the_policy_has_come(train, make, tmp_path):
         for row in range(3):
             prompt, total = batch["prompt"][row], 0.0
             noise_key = keys(policy.hparams.seed, "validation", 0, batch["index"][row : row + 1])
-            x, transitions = policy.walk([prompt], noise_key)
-            for step, previous, *_ in transitions:
+            for transition in policy.model.trajectory([prompt], noise_key):
                 (mean, s), (start, _) = (
-                    slow_transition(policy, unet, prompt, x, step) for unet in (policy.unet, base)
+                    slow_transition(policy, unet, prompt, transition.latents, transition.step)
+                    for unet in (policy.model.unet, base)
                 )
                 total += kl_divergence(Normal(mean, s), Normal(start, s)).mean()
-                x = previous
             slow.append(total)
-    found = policy.divergence_from_start(batch)
+    found = policy.divergence_of(batch)
     torch.testing.assert_close(found, torch.stack(slow), rtol=1e-3, atol=1e-7)
     assert found.min() > 1e-5
     logged = trainer.callback_metrics["val/sqrt_kl"]
@@ -465,7 +482,7 @@ def test_diversity_is_paid_and_logged_with_its_share(make, tmp_path):
     fit(plain, tmp_path)
     (rollout,), ((paid, _),), ((unpaid, _),) = policy.rollouts, policy.given, plain.given
     groups = torch.tensor([prompt_id(prompt) for prompt in rollout.prompts])
-    expected = 0.5 * group_diversity(layout(policy.decode(rollout.latents[:, -1])), groups)
+    expected = 0.5 * group_diversity(layout(policy.model.decode(rollout.latents[:, -1])), groups)
     assert expected.min() > 0
     torch.testing.assert_close(paid - unpaid, expected)
     share = expected.sum() / paid.sum()

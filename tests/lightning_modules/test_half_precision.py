@@ -46,9 +46,9 @@ def test_the_ratio_stays_within_the_clip_range(
     assert trainer.callback_metrics["policy/ratio_deviation"] < 1e-5
     pairs = Pairs(torch.zeros(10, dtype=torch.long), torch.arange(40, 50), torch.ones(10))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        kept = policy.policy_loss(rollout, pairs).ratio
+        kept = policy.objective(rollout, pairs).ratio
         rounded = replace(rollout, latents=rollout.latents.bfloat16().float())
-        off = policy.policy_loss(rounded, pairs).ratio
+        off = policy.objective(rounded, pairs).ratio
     # in other batches than those of the run; and what latents in bf16 would do to it
     assert (kept - 1).abs().max() < 1e-4
     assert (off - 1).abs().max() > 1e-4

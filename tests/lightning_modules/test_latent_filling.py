@@ -18,9 +18,9 @@ class Counted(StableDiffusion):
     encoded = read = 0
 
     def configure_model(self):
-        if not hasattr(self, "unet"):
+        if not hasattr(self, "model"):
             super().configure_model()
-            encode, read = self.vae.module.encode, self.text_encoder.forward
+            encode, read = self.model.vae.module.encode, self.model.text_encoder.forward
 
             def counted(images):
                 self.encoded += len(images)
@@ -30,8 +30,8 @@ class Counted(StableDiffusion):
                 self.read += len(ids)
                 return read(ids)
 
-            self.vae.module.encode = counted
-            self.text_encoder.forward = counted_text
+            self.model.vae.module.encode = counted
+            self.model.text_encoder.forward = counted_text
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -7,8 +7,11 @@ import torch
 from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness, OnePassDDPO
-from rl4med_ddpo.lightning_modules.guarded_policy import draw_again
-from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import Fault, SkippedUpdates
+from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
+    Fault,
+    SkippedUpdates,
+    draw_again,
+)
 from support.tiny import RecordedDDPO, distance, prompts, quiet_trainer, state_of, tiny_ddpo
 
 
@@ -28,8 +31,13 @@ class Spoilt(RecordedDDPO):
 
     where, rollouts_spoilt = "reward", 1
 
-    def rollout(self, *args):
-        rollout = super().rollout(*args)
+    def make_sampler(self):
+        sampler = super().make_sampler()
+        collect = sampler.collect
+        sampler.collect = lambda *args: self.spoilt(collect(*args))
+        return sampler
+
+    def spoilt(self, rollout):
         if self.where == "density" and self.is_spoilt:
             rollout.latents[3, 2, 0, 0, 0] = math.inf
             rollout.log_probs[3, 1] = math.nan

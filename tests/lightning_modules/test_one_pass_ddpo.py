@@ -3,10 +3,8 @@ from functools import partial
 import pytest
 import torch
 
-from rl4med_ddpo.callbacks.preflight import Epoch
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness, OnePassDDPO
-from rl4med_ddpo.lightning_modules.guarded_policy import GuardedPolicy
 from support.tiny import RecordedDDPO, flat, prompts, quiet_trainer, tiny_ddpo
 
 
@@ -16,7 +14,7 @@ class RecordedOnePass(RecordedDDPO, OnePassDDPO):
     def configure_model(self):
         super().configure_model()
         self.runs = []
-        self.unet.register_forward_pre_hook(lambda unet, args: self.runs.append(len(args[0])))
+        self.model.unet.register_forward_pre_hook(lambda unet, args: self.runs.append(len(args[0])))
 
 
 class Graded(Brightness):
@@ -61,8 +59,8 @@ def test_one_pass_takes_the_gradients_of_two(make, tmp_path, options):
     assert trainer.callback_metrics["policy/ratio_deviation"] == 0
     # in the second epoch both kinds of adapter weights have a gradient
     for epoch in range(2):
-        looks = two.rollouts[epoch].looks
-        torch.testing.assert_close(one.rollouts[epoch].looks, looks, rtol=0, atol=1e-5)
+        expected = two.rollouts[epoch].appearance
+        torch.testing.assert_close(one.rollouts[epoch].appearance, expected, rtol=0, atol=1e-5)
         assert torch.equal(one.given[epoch].values, two.given[epoch].values)
         expected, found = (flat(p.steps_taken[epoch][1]) for p in (two, one))
         assert expected.norm() > 1e-4
@@ -79,18 +77,10 @@ def test_what_is_sampled_is_the_same_to_the_last_bit(make, tmp_path):
 
 
 def test_the_unet_runs_once_for_each_action(make, tmp_path):
-    policy = make(kind=RecordedOnePass)
-    policy.is_prepared, policy.micro_batch = True, 4
+    policy = make(kind=RecordedOnePass, micro_batch=4)
     fit(policy, tmp_path, epochs=1)
     # 16 samples in batches of at most micro_batch, 4 steps, doubled by guidance
     assert policy.runs == [8] * 16
-
-
-def test_the_estimate_has_one_pass_a_step_too(make, monkeypatch):
-    """A step of a batch takes a second, a training pass of half as many pairs six."""
-    monkeypatch.setattr(GuardedPolicy, "measured", lambda *_: (1.0, 6.0))
-    epoch = Epoch(16, 1, 8, 4, 2, 4, 1, 1, 0, on_host=False)
-    assert make(kind=OnePassDDPO).measured(epoch) == ((2 * 12.0 + 2 * 1.0) / 4, 0.0)
 
 
 @pytest.mark.parametrize(

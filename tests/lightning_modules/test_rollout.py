@@ -77,13 +77,14 @@ def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
     assert torch.equal(orders[2], sample_order(64, 42, 2))
 
 
-def test_record_keeps_every_state_and_density():
+def test_every_state_and_density_is_kept():
     start = torch.zeros(2, 4, 8, 8)
-    walk = [Transition(i, start + i + 1, torch.tensor([i, -i]), start) for i in range(3)]
+    walk = [Transition(i, start + i, start + i + 1, torch.tensor([i, -i]), start) for i in range(3)]
     rollout = empty_rollout(
         torch.arange(3), ["a", "b", "c"], torch.zeros(3, 6), (4, 4, 8, 8), on_host=True
     )
-    final = rollout.record(slice(1, 3), start, iter(walk))
+    for transition in walk:
+        final = rollout.keep(slice(1, 3), transition)
     assert torch.equal(final, start + 3)
     assert rollout.latents.shape == (3, 4, 4, 8, 8)
     assert rollout.latents[2, :, 0, 0, 0].tolist() == [0, 1, 2, 3]

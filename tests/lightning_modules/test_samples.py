@@ -25,6 +25,7 @@ def test_selected_samples_keep_their_rows_together(read):
     number = torch.arange(4)
     samples = Samples(
         prompts=["a", "b", "c", "d"],
+        names=["A", "B", "C", "D"],
         conditions=number.float().view(4, 1).expand(4, 6),
         index=number,
         noise_keys=number + 10,
@@ -34,7 +35,7 @@ def test_selected_samples_keep_their_rows_together(read):
         judge_logits=number.float().view(4, 1).expand(4, 4),
     )
     chosen = samples.select([3, 1])
-    assert chosen.prompts == ["d", "b"]
+    assert (chosen.prompts, chosen.names) == (["d", "b"], ["D", "B"])
     assert (chosen.reward_logits is not None) == read
     for name, tensor in vars(chosen).items():
         if isinstance(tensor, torch.Tensor):

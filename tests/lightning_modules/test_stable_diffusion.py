@@ -29,7 +29,7 @@ def test_the_loss_falls_and_only_the_unet_changes(tiny_pipeline, tmp_path):
     assert len(changed) > 0.9 * len(unet_of(tiny_pipeline))
     start = load_pipeline(tiny_pipeline)
     for name in ("vae", "text_encoder"):
-        trained = getattr(again, name).module
+        trained = getattr(again.model, name).module
         assert not trained.training
         for p, q in zip(trained.parameters(), getattr(start, name).parameters(), strict=True):
             assert torch.equal(p, q)
@@ -44,7 +44,7 @@ def test_the_loss_is_the_error_of_the_noise_that_was_added(tiny_pipeline, tmp_pa
     # the same draws, in the same order, through stock diffusers
     draw = generator(5)
     pipeline = load_pipeline(tiny_pipeline)
-    pipeline.unet.load_state_dict(model.unet.state_dict())
+    pipeline.unet.load_state_dict(model.model.unet.state_dict())
     posterior = pipeline.vae.encode(batch["image"] * 2 - 1).latent_dist
     latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
     latents = latents * pipeline.vae.config.scaling_factor
@@ -181,7 +181,7 @@ def test_bf16_trains_float32_weights(tiny_pipeline, tmp_path):
     model = module(tiny_pipeline)
     fit(model, tmp_path, precision="bf16-mixed")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert flat(model.unet.parameters()).isfinite().all()
+    assert flat(model.model.unet.parameters()).isfinite().all()
 
 
 def test_gradient_checkpointing_trains_the_same_weights(tiny_pipeline, tmp_path):
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_trains_the_same_weights(tiny_pipeline, tmp_path)
     )
     for model in (plain, checkpointed):
         fit(model, tmp_path, epochs=1)
-    assert checkpointed.unet.is_gradient_checkpointing
+    assert checkpointed.model.unet.is_gradient_checkpointing
     assert distance(state_of(plain), state_of(checkpointed)) < 1e-6
 
 
@@ -205,7 +205,7 @@ def test_accumulated_batches_step_once_by_the_mean_of_their_gradients(tiny_pipel
         torch.rand(4, generator=draw)
         (slow.noise_prediction_loss(batch, batch["prompt"], draw) / 4).backward()
     with torch.no_grad():
-        for p in slow.unet.parameters():
+        for p in slow.model.unet.parameters():
             p -= 0.1 * p.grad
     assert distance(state_of(model), state_of(slow)) < 1e-6
 
@@ -215,7 +215,7 @@ def test_the_exported_weights_are_the_averaged_ones(tiny_pipeline, tmp_path):
 
     class Watched(StableDiffusion):
         def on_train_batch_end(self, *args):
-            seen.append(self.unet.conv_out.bias.detach().clone())
+            seen.append(self.model.unet.conv_out.bias.detach().clone())
 
     model = Watched(pipeline=tiny_pipeline, optimizer=adamw, steps=4)
     exported = tmp_path / "pipeline"

@@ -164,7 +164,8 @@ def test_what_is_missing_names_the_command_that_makes_it(runs):
     page = (runs / "report" / "report.md").read_text()
     assert "**Table 3** is missing, made by: `python run.py test --config ddpo.yaml`" in page
     assert re.search(
-        r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python table4", page
+        r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python -m \S+table_4",
+        page,
     )
     assert "Figure 1. The same noise, SD beside SD+RL** is missing" in page
     assert "## Table 1" in page

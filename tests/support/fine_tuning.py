@@ -57,7 +57,7 @@ def fit(model, folder, epochs=2, data=None, ckpt_path=None, **options):
 
 
 def unet_of(pipeline):
-    return {f"unet.{k}": v for k, v in load_pipeline(pipeline).unet.state_dict().items()}
+    return {f"model.unet.{k}": v for k, v in load_pipeline(pipeline).unet.state_dict().items()}
 
 
 def images_of(isic, augment=True, **options):

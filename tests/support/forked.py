@@ -9,6 +9,8 @@ import traceback
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from support import faults  # noqa: F401 - listens in forked processes
+
 PATIENCE = 250.0
 """Seconds until something has to happen."""
 

@@ -5,15 +5,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-
-def silent(phase, done, total):
-    pass
+from rl4med_ddpo.foundation.progress import progress
 
 
 class Policy(L.LightningModule):
     """Image i is a plain grey of brightness `weight`, marked by its key in the first pixel."""
-
-    report_progress = staticmethod(silent)
 
     def __init__(self):
         super().__init__()
@@ -26,16 +22,16 @@ class Policy(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         for t in range(5):
-            self.report_progress("rollout", t + 1, 5)
+            progress.report("rollout", t + 1, 5)
         for k in range(2):
-            self.report_progress("update", k + 1, 2)
+            progress.report("update", k + 1, 2)
         self.optimizers().step()
         with torch.no_grad():
             self.weight += 0.1
         self.log("reward/mean", 0.25, prog_bar=True)
 
     def test_step(self, batch, batch_idx):
-        self.report_progress("sampling", 1, 1)
+        progress.report("sampling", 1, 1)
 
     def generate(self, prompts, noise_keys):
         self.asked.append((prompts, noise_keys.tolist()))

@@ -18,10 +18,20 @@ class RecordedDDPO(DDPO):
         super().__init__(*args, **options)
         self.rollouts, self.orders, self.given, self.steps_taken = [], [], [], []
 
-    def rollout(self, batch, order):
-        self.orders.append(order)
-        self.rollouts.append(super().rollout(batch, order))
-        return self.rollouts[-1]
+    def order(self, batch):
+        self.orders.append(super().order(batch))
+        return self.orders[-1]
+
+    def make_sampler(self):
+        sampler = super().make_sampler()
+        collect = sampler.collect
+
+        def collected(*args):
+            self.rollouts.append(collect(*args))
+            return self.rollouts[-1]
+
+        sampler.collect = collected
+        return sampler
 
     def rescored(self, *args):
         self.rollouts[-1] = super().rescored(*args)

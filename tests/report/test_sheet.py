@@ -1,7 +1,12 @@
 import numpy as np
 import torch
 
-from rl4med_ddpo.report.grid import caption_grid
+from rl4med_ddpo.report.sheet import Panel, in_rows, sheet
+
+
+def caption_grid(images, captions, columns):
+    panels = [Panel([image], text) for image, text in zip(images, captions, strict=True)]
+    return sheet(in_rows(panels, columns))
 
 
 def colours(n, size):
@@ -50,3 +55,18 @@ def test_values_outside_the_unit_range_do_not_wrap():
 
 def test_bfloat16_images_are_drawn():
     assert caption_grid(torch.rand(1, 3, 16, 16).bfloat16(), ["x"], columns=1).width == 136
+
+
+def test_a_table_has_its_images_in_columns_and_says_where_there_are_none():
+    red, blue = (torch.zeros(3, 128, 128, dtype=torch.uint8) for _ in range(2))
+    red[0], blue[2] = 255, 255
+    rows = [[Panel([red, red]), Panel([blue])], [Panel([]), Panel([blue])]]
+    drawn = np.asarray(sheet(rows, labels=["one", "two"], headings=["left", "right"], title="all"))
+    reds = np.argwhere((drawn == [255, 0, 0]).all(axis=2))
+    blues = np.argwhere((drawn == [0, 0, 255]).all(axis=2))
+    assert (len(reds), len(blues)) == (2 * 128**2, 2 * 128**2)
+    assert reds[:, 1].max() < blues[:, 1].min()
+    assert reds[:, 0].min() == blues[:, 0].min() > 2 * 22
+    # the left half of the second row holds the words "no image" alone
+    second = drawn[blues[:, 0].max() - 127 :, : blues[:, 1].min()]
+    assert 20 < (second.min(axis=2) < 200).sum() < 1000

@@ -1,7 +1,8 @@
 """Faults on demand, so that tests can have a run fail at a chosen place.
 
 `FAULT=point:n:action` does something at the n-th pass of a point, and `FAULT=point:n:action:rank`
-in one process only; several are separated by commas. Without the variable nothing happens.
+in one process only; several are separated by commas. Importing this module is enough, also into a
+command line of its own, by `--trainer.callbacks+=support.faults.Faults`.
 """
 
 import errno
@@ -10,7 +11,10 @@ import signal
 import time
 from collections import Counter
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+
+from rl4med_ddpo.foundation.progress import progress
 
 FAULT = "FAULT"
 SIGNALS = {
@@ -26,7 +30,11 @@ class InjectedFault(RuntimeError):
     """Raised by the action `raise`."""
 
 
-def fault_point(point: str) -> None:
+class Faults(Callback):
+    """Has a command line of its own import this module."""
+
+
+def fault_point(point: str, done: int, total: int) -> None:
     """Pass a point, and fail there if `FAULT` says so."""
     if FAULT not in os.environ:
         return
@@ -47,3 +55,6 @@ def _fail(point: str, action: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
         raise InjectedFault(f"{action} at {point}")
+
+
+progress.subscribe(fault_point)

@@ -1,0 +1,120 @@
+"""DDPO's options: their ranges, and which go together; checked before anything is loaded."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from rl4med_ddpo.foundation.errors import UserError
+
+
+class Range(NamedTuple):
+    """Allowed values: from `least`, without it if `open`, up to `most`; and one that works."""
+
+    least: float
+    open: bool
+    most: float | None
+    suggestion: float
+
+    def __str__(self) -> str:
+        if self.most is None:
+            return f"{'above' if self.open else 'at least'} {self.least:g}"
+        return f"{'(' if self.open else '['}{self.least:g}, {self.most:g}]"
+
+
+RANGES = {
+    "eta": Range(0, True, 1, 1.0),
+    "steps": Range(1, False, None, 50),
+    "guidance": Range(0, False, None, 5.0),
+    "updates": Range(1, False, None, 2),
+    "inner_epochs": Range(1, False, None, 1),
+    "kl_weight": Range(0, False, None, 0),
+    "std_floor": Range(0, False, None, 0.05),
+    "advantage_clip": Range(0, True, None, 5.0),
+    "max_grad_norm": Range(0, True, None, 1.0),
+    "sample_batch": Range(1, False, None, 8),
+    "micro_batch": Range(1, False, None, 8),
+    "lora_rank": Range(1, False, None, 4),
+    "max_skipped": Range(0, False, None, 3),
+}
+
+
+def require_options(options: Mapping[str, Any]) -> None:
+    """Check DDPO's options, by name, alone and beside each other.
+
+    Raises:
+        UserError: what was given, what is allowed, what to do.
+    """
+    _require_in_range(options)
+    if not 0 < options["timestep_fraction"] <= 1:
+        raise UserError(f"timestep_fraction={options['timestep_fraction']}: allowed are (0, 1]")
+    _require_window(options["timestep_window"], options["steps"])
+    below, above = clip_pair(options["clip_range"])
+    if not (0 < below < 1 and above > 0):
+        raise UserError(
+            f"clip_range={options['clip_range']}: the ratio is clipped between 1 - {below:g} and "
+            f"1 + {above:g}; allowed are (0, 1) below and anything above 0 above; "
+            "try --model.clip_range 0.0001"
+        )
+    if options["kl_weight"] and options["train"] == "full":
+        raise UserError(
+            "kl_weight needs the policy before training, which is the U-Net without its adapters: "
+            "with train: full there is none, short of a second copy. Use train: lora, or "
+            "kl_weight: 0 with a smaller learning rate"
+        )
+    half = not options["guidance_in_training"] and options["guidance"] != 1
+    if half and options["old_log_probs"] == "rollout":
+        raise UserError(
+            "guidance_in_training: false trains another policy than the guided one that sampled, "
+            "so the ratio of their densities is not 1 to begin with: add old_log_probs: training"
+        )
+
+
+def _require_window(window: tuple[int, int] | None, steps: int) -> None:
+    if window is None or 0 <= window[0] < window[1] <= steps:
+        return
+    raise UserError(
+        f"timestep_window={list(window)}: it holds the first trained step and the first after, "
+        f"0 being the noisiest; of {steps} steps all are [0, {steps}], the last half is "
+        f"[{steps // 2}, {steps}]"
+    )
+
+
+def clip_pair(clip_range: float | Sequence[float]) -> tuple[float, float]:
+    """Return how far the ratio may fall below 1 and rise above it; YAML gives two as a list."""
+    if isinstance(clip_range, int | float):
+        return clip_range, clip_range
+    below, above = clip_range
+    return below, above
+
+
+def _require_in_range(options: Mapping[str, Any]) -> None:
+    """Refuse values out of their range, each named with a value that works."""
+    wrong = [
+        f"  {name}={options[name]}: allowed is {allowed}; try --model.{name} {allowed.suggestion:g}"
+        for name, allowed in RANGES.items()
+        if name in options and not _within(options[name], allowed)
+    ]
+    if wrong:
+        raise UserError("options out of range:\n" + "\n".join(wrong))
+
+
+def _within(value: float | Literal["auto"], allowed: Range) -> bool:
+    if value == "auto":
+        return True
+    above = value > allowed.least if allowed.open else value >= allowed.least
+    return above and (allowed.most is None or value <= allowed.most)
+
+
+REFUSED_PRECISIONS = {
+    "16-mixed": "scales the gradients before they are clipped, which would shrink every update",
+    "16-true": "rounds the log-probs beyond the clip range",
+    "bf16-true": "keeps the trained weights in 8 bits of precision, where a small step is lost",
+}
+
+
+def require_precision(precision: str) -> None:
+    """Refuse the precisions in which the updates would come out wrong."""
+    if precision in REFUSED_PRECISIONS:
+        raise UserError(
+            f"precision {precision} {REFUSED_PRECISIONS[precision]}: use --trainer.precision "
+            "bf16-mixed or 32-true"
+        )
