@@ -16,8 +16,8 @@ from diffusers import StableDiffusionPipeline
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, PROMPTS
 from rl4med_ddpo.datamodules.drawing import draw
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import signal_to_noise
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
@@ -49,22 +49,25 @@ def measure(
     """
     parts = load_pipeline(str(pipeline))
     parts.set_progress_bar_config(disable=True)
-    network = load_classifier(reader, ATTRIBUTES)
-    asked = CONDITIONS.repeat_interleave(repeats, dim=0).bool()
+    network = load_classifier(reader, heads="all")
+    asked = DERMOSCOPY.conditions.repeat_interleave(repeats, dim=0).bool()
     images = drawn_images(asked, parts.vae.config.sample_size, seed)
     decoded = torch.cat([round_trip(parts, part) for part in images.split(BATCH)])
     samples = sample(parts, repeats, steps, eta, guidance, seed)
     read, reread, seen = (network(x) > 0 for x in (images, decoded, samples))
+    artifacts = len(DERMOSCOPY.any_of)
     scores = {
         "images": len(images),
         "read right from originals": share(read, asked),
         "read alike from reconstructions": share(read, reread),
         "psnr of reconstructions, dB": signal_to_noise(decoded, images).mean().item(),
-        "APR (four artifacts)": share(seen[:, : len(ARTIFACTS)], asked[:, : len(ARTIFACTS)]),
+        "APR (four artifacts)": share(seen[:, :artifacts], asked[:, :artifacts]),
         "APR6 (all attributes)": share(seen, asked),
     }
     each = (seen == asked).float().mean(dim=0).tolist()
-    return scores | {f"samples right in {a}": r for a, r in zip(ATTRIBUTES, each, strict=True)}
+    return scores | {
+        f"samples right in {a}": r for a, r in zip(DERMOSCOPY.attributes, each, strict=True)
+    }
 
 
 def drawn_images(conditions: Tensor, size: int, seed: int) -> Tensor:
@@ -91,7 +94,7 @@ def sample(
     seed: int,
 ) -> Tensor:
     """Draw samples of each of the 32 prompts, `(32 repeats, 3, S, S)` in [0, 1]."""
-    texts = [prompt for prompt in PROMPTS for _ in range(repeats)]
+    texts = [prompt for prompt in DERMOSCOPY.prompts for _ in range(repeats)]
     generator = torch.Generator().manual_seed(seed)
     batches = [
         pipeline(

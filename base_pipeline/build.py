@@ -22,8 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rl4med_ddpo.base_pipeline.linear_codec import start_from_linear_codec
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.datamodules.images import read_image
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -79,7 +79,9 @@ def build_tokenizer(max_length: int = 20) -> CLIPTokenizer:
     """
     letters = list(bytes_to_unicode().values())
     # a merge applies wherever its pair occurs: were it first, `w i` of "with" would break "showing"
-    words = sorted({w for p in PROMPTS for w in re.findall("[a-z]+", p.lower())}, key=_by_length)
+    words = sorted(
+        {w for p in DERMOSCOPY.prompts for w in re.findall("[a-z]+", p.lower())}, key=_by_length
+    )
     merges = list(dict.fromkeys(pair for word in words for pair in _merges(word)))
     entries = letters + [c + WORD_END for c in letters] + ["".join(pair) for pair in merges]
     vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}

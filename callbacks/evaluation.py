@@ -1,5 +1,6 @@
 """Score what `test` drew against the real images, and write `results/metrics.json`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from rl4med_ddpo.callbacks.feature_networks import (
     lpips_network,
 )
 from rl4med_ddpo.callbacks.sample_folder import SampleFolder, settings_of
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
 from rl4med_ddpo.datamodules.image_files import ImageFiles, ImagePairs
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.metrics.alignment import alignment, leakage, prompt_numbers
@@ -62,6 +63,7 @@ class Evaluation(Callback):
         """Refuse what cannot work before anything is drawn."""
         self.samples = _sample_folder(trainer, self)
         data = trainer.datamodule
+        self.vocabulary: Vocabulary = data.vocabulary
         self.data: ISICDataModule | None = data if data.root is not None else None
         if self.data is not None:
             self.data.paths(pd.concat([self.data.splits.train, self.data.splits.test]))
@@ -73,7 +75,8 @@ class Evaluation(Callback):
         results = {
             "kind": "samples",
             "model": "SD+RL" if pl_module.hparams.policy else "SD",
-            **alignment(manifest),
+            **alignment(manifest, self.vocabulary),
+            "vocabulary": asdict(self.vocabulary),
             "unavailable": self.unavailable,
             "provenance": self._provenance(trainer, pl_module, manifest),
         }
@@ -84,9 +87,9 @@ class Evaluation(Callback):
             results |= self._beside_real(trainer, pl_module, manifest, folder)
         if not trainer.is_global_zero:
             return
-        matrix = leakage(manifest)
+        matrix = leakage(manifest, self.vocabulary)
         write_csv(folder / "leakage.csv", matrix)
-        leakage_figure({results["model"]: matrix}, folder / "leakage.png")
+        leakage_figure({results["model"]: matrix}, folder / "leakage.png", self.vocabulary)
         path = write_results(trainer.default_root_dir, results)
         missing = "".join(
             f"\n  not to be had: {why}" for why in dict.fromkeys(self.unavailable.values())
@@ -129,11 +132,13 @@ class Evaluation(Callback):
             name: extract(sets[name], looks if name != "train" else [_thumbnails], trainer, workers)
             for name in ("fake", "test", "train")
         }
-        fake_prompts = prompt_numbers(manifest)
+        fake_prompts = prompt_numbers(manifest, self.vocabulary)
         test, train = (_sorted(rows) for rows in (self.data.splits.test, self.data.splits.train))
         lesions = cluster_numbers([*test["lesion_id"], *train["lesion_id"]])
         results: dict[str, Any] = {"features": {}, "distribution": {}}
-        pairs = draw_pairs(fake_prompts, prompt_numbers(test), len(CONDITIONS))
+        pairs = draw_pairs(
+            fake_prompts, prompt_numbers(test, self.vocabulary), len(self.vocabulary.keys)
+        )
         results["lpips"] = self._perceptual(trainer, sets, pairs, lesions)
         if not trainer.is_global_zero:
             return results
@@ -141,13 +146,17 @@ class Evaluation(Callback):
             fake, real = found["fake"][i], found["test"][i]
             results["features"][name] = network.described | {"dimensions": fake.shape[1]}
             results["distribution"][name] = distribution_scores(
-                real, fake, lesions[: len(test)], prompt_numbers(test), fake_prompts
+                real,
+                fake,
+                lesions[: len(test)],
+                prompt_numbers(test, self.vocabulary),
+                fake_prompts,
             )
         looked = len(self.networks)
         results["copies"], nearest = memorization(
             found["fake"][looked], found["test"][looked], found["train"][0], lesions
         )
-        results["real"] = real_rates(test, found["test"][looked + 1].numpy() > 0)
+        results["real"] = real_rates(test, self.vocabulary, found["test"][looked + 1].numpy() > 0)
         results["counts"] = data_counts(self.data)
         nearest = nearest.assign(id=manifest["id"][nearest["sample"]].to_numpy())
         nearest["nearest"] = train["id"][nearest["train"]].to_numpy()
@@ -174,7 +183,7 @@ class Evaluation(Callback):
         """Return LPIPS over the pairs; without its network, what the pairs would have been."""
         entry = {
             "n": len(pairs.fake),
-            "skipped": [PROMPTS[number] for number in pairs.skipped],
+            "skipped": [self.vocabulary.prompts[number] for number in pairs.skipped],
             "lesions": len(set(lesions[pairs.real])),
         }
         if self.lpips is None or not entry["n"]:

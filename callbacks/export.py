@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.report.model_card import model_card
@@ -38,7 +39,7 @@ class Export(Callback):
         if self.weights == "best":
             self._load_best(trainer, pl_module)
         pl_module.export(self.dirpath)
-        self._write_card(pl_module, None)
+        self._write_card(trainer, pl_module, None)
         rank_zero_info(f"exported the {self.weights} weights to {self.dirpath}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,10 +47,13 @@ class Export(Callback):
         results = Path(trainer.default_root_dir) / RESULTS / METRICS
         exported = self.dirpath and (self.dirpath / CARD_FILE).is_file()
         if trainer.is_global_zero and exported and results.is_file():
-            self._write_card(pl_module, json.loads(results.read_text()))
+            self._write_card(trainer, pl_module, json.loads(results.read_text()))
 
-    def _write_card(self, pl_module: L.LightningModule, results: dict[str, Any] | None) -> None:
-        write_whole(self.dirpath / CARD_FILE, model_card(pl_module, results))
+    def _write_card(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, results: dict[str, Any] | None
+    ) -> None:
+        vocabulary = getattr(trainer.datamodule, "vocabulary", DERMOSCOPY)
+        write_whole(self.dirpath / CARD_FILE, model_card(pl_module, vocabulary, results))
 
     def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = next(

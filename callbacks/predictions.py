@@ -1,5 +1,6 @@
 """Keep what a classifier says of each test image, for Table 4 and whoever wants to recount."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Predictions(Callback):
             "kind": "classifier",
             "arm": self.arm,
             "seed": data.seed,
+            "vocabulary": asdict(data.vocabulary),
             "n": n,
             "scores": {k: float(v) for k, v in trainer.callback_metrics.items()},
             "provenance": {

@@ -77,7 +77,7 @@ class SampleFolder(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write this process's samples, and note all that were asked for."""
-        self._write(pl_module, outputs, batch)
+        self._write(trainer, pl_module, outputs, batch)
 
     on_test_batch_end = on_predict_batch_end
 
@@ -116,12 +116,16 @@ class SampleFolder(Callback):
             torch.set_num_threads(1)
 
     def _write(
-        self, pl_module: L.LightningModule, outputs: Samples | None, batch: dict[str, Any]
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Samples | None,
+        batch: dict[str, Any],
     ) -> None:
         self.asked += _ids(batch)
         if outputs is None:
             return
-        rows = rows_of(outputs, pl_module.hparams.seed)
+        rows = rows_of(outputs, pl_module.hparams.seed, trainer.datamodule.vocabulary)
         for image, row in zip(outputs.images.cpu(), rows, strict=True):
             write_sample(self.images, image, row)
         self.drawn += len(rows)
@@ -139,7 +143,7 @@ class SampleFolder(Callback):
                 f"{len(lost):,} of {len(rows):,} samples in {self.images} have vanished while the "
                 f"others were drawn: {name_few(lost)}.\n  The same command draws them again."
             )
-        write_tables(self.root, list(rows.values()))
+        write_tables(self.root, list(rows.values()), trainer.datamodule.vocabulary)
         rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
 
     def _claim(self, settings: dict[str, Any]) -> None:

@@ -8,27 +8,25 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-    CONDITIONS,
-    DISEASES,
-    WORDS,
-    condition_of,
-    prompt_id,
-    prompt_of,
-)
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import keys
 from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
-SHOWN = ((), *((a,) for a in ARTIFACTS), ARTIFACTS[:3:2])
-READABLE = tuple(
-    prompt_of(condition_of(d, artifacts)) for artifacts in SHOWN for d in DISEASES or (None,)
-)
-"""Both diseases side by side: without artifacts, with each one, with two."""
+
+def readable_prompts(vocabulary: Vocabulary) -> list[str]:
+    """Choose prompts whose images tell a reader most: few attributes, diseases side by side.
+
+    Without any of `any_of`, with each one, and with two.
+    """
+    several = vocabulary.any_of
+    shown = ((), *((a,) for a in several), several[:3:2])
+    return [
+        vocabulary.prompt_of(vocabulary.condition_of(one, some))
+        for some in shown
+        for one in vocabulary.one_of or (None,)
+    ]
 
 
 class SampleGrid(Callback):
@@ -40,7 +38,7 @@ class SampleGrid(Callback):
 
     Args:
         every_n_epochs: Epochs between two grids.
-        prompts: Some of the 32 prompts; null shows each disease without artifacts, with each
+        prompts: Some of the data's prompts; null shows each disease without artifacts, with each
             artifact, and with two.
         samples_per_prompt: Images of each prompt.
         seed: Decides the noise.
@@ -60,13 +58,19 @@ class SampleGrid(Callback):
             )
         self.every_n_epochs = every_n_epochs
         self.samples_per_prompt = samples_per_prompt
-        self.prompts = list(prompts or READABLE)
-        try:
-            self.conditions = CONDITIONS[[prompt_id(p) for p in self.prompts]]
-        except ValueError as error:
-            raise UserError(f"SampleGrid: {error}") from error
+        self.given = prompts
         self.seed = seed
         self.drawn_epoch: int | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the prompts among the data's."""
+        self.vocabulary = getattr(trainer.datamodule, "vocabulary", DERMOSCOPY)
+        self.prompts = self.given or readable_prompts(self.vocabulary)
+        try:
+            rows = [self.vocabulary.prompt_id(prompt) for prompt in self.prompts]
+        except ValueError as error:
+            raise UserError(f"SampleGrid: {error}") from error
+        self.conditions = self.vocabulary.conditions[rows]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what the run starts from."""
@@ -105,16 +109,9 @@ class SampleGrid(Callback):
         prompts = [p for p in self.prompts for _ in range(repeats)]
         conditions = self.conditions.repeat_interleave(repeats, dim=0)
         images = pl_module.generate(prompts, keys(self.seed, "grid", 0, torch.arange(len(prompts))))
-        captions = [_caption(condition) for condition in conditions]
+        captions = [self.vocabulary.caption(condition) for condition in conditions]
         if hasattr(pl_module, "reward_of"):
             rewards = pl_module.reward_of(images, conditions.to(images.device)).tolist()
             captions = [f"{c}  r={r:.2f}" for c, r in zip(captions, rewards, strict=True)]
         panels = [Panel([image], text) for image, text in zip(images, captions, strict=True)]
         return sheet(in_rows(panels, columns=2 * repeats))
-
-
-def _caption(condition: Tensor) -> str:
-    present = [a for a, on in zip(ATTRIBUTES, condition.tolist(), strict=True) if on]
-    artifacts = ", ".join(WORDS[a] for a in present if a in ARTIFACTS)
-    diseases = "".join(f"{a}: " for a in present if a in DISEASES)
-    return f"{diseases}{artifacts or 'no artifacts'}"

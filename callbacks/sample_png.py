@@ -13,11 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-)
 from rl4med_ddpo.datamodules.sample_tables import Row
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.lightning_modules.samples import Samples
 
@@ -30,18 +27,20 @@ def sample_id(name: str, index: int) -> str:
     return f"{name.replace('+', '_')}_{index:06d}"
 
 
-def rows_of(samples: Samples, seed: int) -> list[Row]:
+def rows_of(samples: Samples, seed: int, vocabulary: Vocabulary) -> list[Row]:
     """Lay samples out as rows of the manifest; the networks' readings are probabilities."""
     columns = _columns(samples.judge_logits)
-    readings = {f"judge_{a}": p for a, p in zip(ARTIFACTS, columns, strict=True)}
+    readings = {f"judge_{a}": p for a, p in zip(vocabulary.any_of, columns, strict=True)}
     if samples.reward_logits is not None:
         columns = _columns(samples.reward_logits)
-        readings = {f"reward_{a}": p for a, p in zip(ATTRIBUTES, columns, strict=True)} | readings
+        readings = {
+            f"reward_{a}": p for a, p in zip(vocabulary.attributes, columns, strict=True)
+        } | readings
     return [
         {
             "id": sample_id(name, index),
             "prompt": prompt,
-            **dict(zip(ATTRIBUTES, map(int, condition), strict=True)),
+            **dict(zip(vocabulary.attributes, map(int, condition), strict=True)),
             "index": index,
             "seed": seed,
             "noise_key": key,

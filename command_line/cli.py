@@ -128,6 +128,8 @@ class CommandLine(LightningCLI):
         """Add the callbacks that every run has and that have options of their own."""
         parser.add_lightning_class_args(Resume, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        # what the data's conditions mean; models that do not ask for it are left alone
+        parser.link_arguments("data.init_args.vocabulary", "model.init_args.vocabulary")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CommandLine":
         """Stay one: the averaged copy of a model knows the command line by its optimizer."""

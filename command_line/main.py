@@ -3,6 +3,7 @@
 And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,6 +39,7 @@ set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 def main(args: ArgsType = None) -> CommandLine | Path:
     """Run the command line; `args` stands in for `sys.argv[1:]`."""
     given = sys.argv[1:] if args is None else args
+    _refuse_former_variable()
     if given and given[0] == "report":
         asked = report_parser(prog="run.py report").parse_args(given[1:])
         written = report(run_folders(asked.runs), asked.output)
@@ -52,6 +54,19 @@ def main(args: ArgsType = None) -> CommandLine | Path:
         if (cause := _user_error(error)) is None or cause is error:
             raise
         raise UserError(str(cause)) from error
+
+
+def _refuse_former_variable() -> None:
+    """Say what replaced the variable that chose the attributes before 0.2."""
+    file = os.environ.get("ATTRIBUTES", "")
+    if file.endswith((".yaml", ".yml")):
+        raise UserError(
+            f"the environment variable ATTRIBUTES is {file}, and is not read any more: the "
+            "vocabulary is part of the configuration.\n"
+            "  Write it under data.init_args.vocabulary of a YAML file, as "
+            "configs/chest_xray/vocabulary.yaml does,\n"
+            "  add --config FILE to the command, and unset ATTRIBUTES"
+        )
 
 
 def _command_line(args: ArgsType) -> CommandLine:

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, DISEASES
 from rl4med_ddpo.datamodules.tables import read_table, to_numbers
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError, name_few
 
 GROUND_TRUTH = "ISIC_2019_Training_GroundTruth.csv"
 METADATA = "ISIC_2019_Training_Metadata.csv"
 ARTIFACT_FILES = ("isic_inferred_wocarcinoma.csv", "isic_bias.csv")
 ARTIFACT_FOLDERS = (".", "annotations")
-COLUMNS = ("id", "stem", "named_in", "lesion_id", "source", *ATTRIBUTES)
+COLUMNS = ("id", "stem", "named_in", "lesion_id", "source")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Annotations:
     Attributes:
         frame: Sorted by id, with the columns `id`, `stem` (the image file's name without its
             ending), `named_in` (table:line), `lesion_id` and `source` (empty where unknown), and
-            the six attributes (0, 1).
+            the attributes (0, 1).
         without_artifacts: Images of each disease that have no row in the artifact file.
         artifacts_csv: The artifact file.
     """
@@ -38,6 +38,7 @@ def read_annotations(
     artifacts_csv: Path | None = None,
     threshold: float = 0.9,
     table: Path | None = None,
+    vocabulary: Vocabulary = DERMOSCOPY,
 ) -> Annotations:
     """Join ground truth, metadata and artifacts, and keep the melanomas and nevi.
 
@@ -48,6 +49,7 @@ def read_annotations(
         threshold: In [0, 1); an artifact is present if its value is greater.
         table: One table in place of ISIC's: `image`, `group` (images that must not be parted, such
             as a patient's; may be empty), and each attribute, as a probability or as 0 and 1.
+        vocabulary: The attributes.
 
     Raises:
         UserError: if a table is missing or malformed, or if the tables do not belong together.
@@ -55,17 +57,18 @@ def read_annotations(
     if not 0 <= threshold < 1:
         raise UserError(f"threshold must be in [0, 1), it is {threshold}. The paper's is 0.9.")
     if table is not None:
-        return _one_table(table, threshold)
+        return _one_table(table, threshold, vocabulary)
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}.\n  root is the folder that holds {GROUND_TRUTH}, "
             f"{METADATA} and the images' folder ISIC_2019_Training_Input."
         )
-    diseases = _read_diseases(_official(root, GROUND_TRUTH))
-    artifacts_csv = _artifact_file(root, artifacts_csv)
-    artifacts = to_numbers(read_table(artifacts_csv, ARTIFACTS), ARTIFACTS, artifacts_csv)
-    artifacts[list(ARTIFACTS)] = (artifacts[list(ARTIFACTS)] > threshold).astype(int)
-    joined = diseases.merge(artifacts[["id", *ARTIFACTS]], on="id")
+    diseases = _read_diseases(_official(root, GROUND_TRUTH), vocabulary.one_of)
+    names = list(vocabulary.any_of)
+    artifacts_csv = _artifact_file(root, artifacts_csv, names)
+    artifacts = to_numbers(read_table(artifacts_csv, names), names, artifacts_csv)
+    artifacts[names] = (artifacts[names] > threshold).astype(int)
+    joined = diseases.merge(artifacts[["id", *names]], on="id")
     if joined.empty:
         raise UserError(
             f"no melanoma or nevus of {root / GROUND_TRUTH} has a row in {artifacts_csv}.\n"
@@ -74,22 +77,24 @@ def read_annotations(
         )
     joined = _add_lesions(joined, _official(root, METADATA))
     lost = diseases[~diseases["id"].isin(joined["id"])]
-    frame = joined.sort_values("id", ignore_index=True)[list(COLUMNS)]
-    return Annotations(frame, {d: int(lost[d].sum()) for d in DISEASES}, artifacts_csv)
+    frame = joined.sort_values("id", ignore_index=True)[[*COLUMNS, *vocabulary.attributes]]
+    return Annotations(frame, {d: int(lost[d].sum()) for d in vocabulary.one_of}, artifacts_csv)
 
 
-def _one_table(path: Path, threshold: float) -> Annotations:
-    frame = to_numbers(read_table(path, ("group", *ATTRIBUTES)), ATTRIBUTES, path)
-    frame[list(ATTRIBUTES)] = (frame[list(ATTRIBUTES)] > threshold).astype(int)
-    if DISEASES:
-        wrong = frame.loc[frame[list(DISEASES)].sum(axis=1) != 1, "id"]
+def _one_table(path: Path, threshold: float, vocabulary: Vocabulary) -> Annotations:
+    names, ones = list(vocabulary.attributes), list(vocabulary.one_of)
+    frame = to_numbers(read_table(path, ("group", *names)), names, path)
+    frame[names] = (frame[names] > threshold).astype(int)
+    if ones:
+        wrong = frame.loc[frame[ones].sum(axis=1) != 1, "id"]
         if len(wrong):
             raise UserError(
-                f"{path}: {len(wrong):,} image(s) do not have exactly one of {', '.join(DISEASES)}:"
+                f"{path}: {len(wrong):,} image(s) do not have exactly one of {', '.join(ones)}:"
                 f" {name_few(wrong)}.\n  Correct or remove these lines."
             )
     frame = _with_places(frame, path).rename(columns={"group": "lesion_id"}).assign(source="")
-    return Annotations(frame.sort_values("id", ignore_index=True)[list(COLUMNS)], {}, path)
+    frame = frame.sort_values("id", ignore_index=True)[[*COLUMNS, *names]]
+    return Annotations(frame, {}, path)
 
 
 def _with_places(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -106,7 +111,7 @@ def _official(root: Path, name: str) -> Path:
     return root / name
 
 
-def _artifact_file(root: Path, given: Path | None) -> Path:
+def _artifact_file(root: Path, given: Path | None, names: list[str]) -> Path:
     tried = (
         [root / f / n for n in ARTIFACT_FILES for f in ARTIFACT_FOLDERS]
         if given is None
@@ -119,24 +124,25 @@ def _artifact_file(root: Path, given: Path | None) -> Path:
             + "".join(f"    {path}\n" for path in tried)
             + "  isic_inferred_wocarcinoma.csv comes from\n"
             "  https://github.com/alceubissoto/artifact-generalization-skin; any table with the\n"
-            f"  columns image, {', '.join(ARTIFACTS)} serves: give it as artifacts_csv."
+            f"  columns image, {', '.join(names)} serves: give it as artifacts_csv."
         )
     return found
 
 
-def _read_diseases(path: Path) -> pd.DataFrame:
-    table = to_numbers(read_table(path, DISEASES), DISEASES, path, labels_only=True)
-    both = table[(table["MEL"] == 1) & (table["NV"] == 1)]
-    if len(both):
+def _read_diseases(path: Path, names: tuple[str, ...]) -> pd.DataFrame:
+    table = to_numbers(read_table(path, names), names, path, labels_only=True)
+    several = table[table[list(names)].sum(axis=1) > 1]
+    if len(several):
         raise UserError(
-            f"{path}: {len(both):,} image(s) are both MEL and NV: {name_few(both['id'])}.\n"
-            "  The diseases exclude each other. Download the table again, or correct these lines."
+            f"{path}: {len(several):,} image(s) are both {' and '.join(names)}: "
+            f"{name_few(several['id'])}.\n"
+            "  They exclude each other. Download the table again, or correct these lines."
         )
-    table = table[(table["MEL"] == 1) | (table["NV"] == 1)]
+    table = table[table[list(names)].sum(axis=1) == 1]
     if table.empty:
-        raise UserError(f"{path} is empty of melanomas (MEL) and nevi (NV): no row has a 1 there.")
-    table = _with_places(table, path)[["id", "stem", "named_in", *DISEASES]]
-    return table.astype(dict.fromkeys(DISEASES, int))
+        raise UserError(f"{path} is empty of {' and '.join(names)}: no row has a 1 there.")
+    table = _with_places(table, path)[["id", "stem", "named_in", *names]]
+    return table.astype(dict.fromkeys(names, int))
 
 
 def _add_lesions(joined: pd.DataFrame, path: Path) -> pd.DataFrame:

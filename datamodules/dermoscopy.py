@@ -22,12 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from rl4med_ddpo.datamodules.annotations import ARTIFACT_FILES, GROUND_TRUTH, METADATA
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from rl4med_ddpo.datamodules.drawing import draw
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.tables import DOWNSAMPLED
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
 
+ARTIFACTS, ATTRIBUTES = DERMOSCOPY.any_of, DERMOSCOPY.attributes
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 OTHER_ARTIFACTS = ("dark_corner", "gel_border", "patches", "vasc")
 SITES = ("anterior torso", "upper extremity", "posterior torso", "lower extremity", "head/neck")

@@ -1,24 +1,11 @@
 """Count what the splits hold, as the paper's tables do, and put it into words."""
 
-from itertools import compress
-
 import pandas as pd
 
 from rl4med_ddpo.datamodules.annotations import Annotations
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-    CONDITIONS,
-    DISEASES,
-    VOCABULARY,
-)
 from rl4med_ddpo.datamodules.splits import Splits
-from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 
-IS_PAPERS = VOCABULARY == DERMOSCOPY
-TABLE_ORDER = (
-    ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler") if IS_PAPERS else DISEASES + ARTIFACTS
-)
 PAPER_TABLE_1 = {
     "train": (2750, 9254, 4514, 1300, 201, 1608),
     "val": (454, 1665, 802, 228, 34, 308),
@@ -28,34 +15,44 @@ PAPER_REAL_SAMPLES = {"MEL": (543, 260, 4, 440), "NV": (3051, 489, 21, 520)}
 """Row '# Real Sample' of Table 2, for hair, gel bubbles, ink and ruler."""
 
 
-def table_1(splits: Splits) -> pd.DataFrame:
+def is_papers(vocabulary: Vocabulary) -> bool:
+    """Tell whether the attributes are the paper's, so that its counts can stand beside ours."""
+    return vocabulary.attributes == DERMOSCOPY.attributes
+
+
+def table_order(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Return the attributes in the order of the paper's tables."""
+    if is_papers(vocabulary):
+        return ("MEL", "NV", "hair", "gel_bubble", "ink", "ruler")
+    return vocabulary.one_of + vocabulary.any_of
+
+
+def table_1(splits: Splits, vocabulary: Vocabulary) -> pd.DataFrame:
     """Count the images and the attributes of each split."""
     rows = {
-        name: [len(rows), *(int(rows[a].sum()) for a in TABLE_ORDER)]
+        name: [len(rows), *(int(rows[a].sum()) for a in table_order(vocabulary))]
         for name, rows in splits._asdict().items()
     }
-    return pd.DataFrame.from_dict(rows, "index", columns=["images", *TABLE_ORDER])
+    return pd.DataFrame.from_dict(rows, "index", columns=["images", *table_order(vocabulary)])
 
 
-def subgroups(splits: Splits) -> pd.DataFrame:
-    """Count the images of each of the 32 subgroups, in the order of `CONDITIONS`, in each split."""
-    keys = [tuple(int(on) for on in condition) for condition in CONDITIONS.tolist()]
-    n = len(ARTIFACTS)
-    names = [
-        " + ".join(compress(DISEASES + ARTIFACTS, key[n:] + key[:n])) or "none" for key in keys
-    ]
+def subgroups(splits: Splits, vocabulary: Vocabulary) -> pd.DataFrame:
+    """Count the images of each of the subgroups, in the vocabulary's order, in each split."""
+    keys, attributes = list(vocabulary.keys), list(vocabulary.attributes)
+    names = [name.replace("+", " + ") for name in vocabulary.names]
     counts = {
-        name: rows.groupby(list(ATTRIBUTES)).size().reindex(keys, fill_value=0).to_numpy()
+        name: rows.groupby(attributes).size().reindex(keys, fill_value=0).to_numpy()
         for name, rows in splits._asdict().items()
     }
     return pd.DataFrame(counts, index=names)
 
 
-def real_samples(rows: pd.DataFrame) -> pd.DataFrame:
+def real_samples(rows: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
     """Count the images of each disease with exactly one artifact, as in Table 2's first row."""
-    alone = rows[rows[list(ARTIFACTS)].sum(axis=1) == 1]
-    artifacts = [a for a in TABLE_ORDER if a in ARTIFACTS]
-    return pd.DataFrame([alone.loc[alone[d] == 1, artifacts].sum() for d in DISEASES], DISEASES)
+    ones = vocabulary.one_of
+    alone = rows[rows[list(vocabulary.any_of)].sum(axis=1) == 1]
+    several = [a for a in table_order(vocabulary) if a in vocabulary.any_of]
+    return pd.DataFrame([alone.loc[alone[d] == 1, several].sum() for d in ones], ones)
 
 
 def leaks(splits: Splits) -> pd.DataFrame:
@@ -71,7 +68,9 @@ def leaks(splits: Splits) -> pd.DataFrame:
     return counts[(counts > 0).sum(axis=1) > 1]
 
 
-def describe(annotations: Annotations, splits: Splits, rule: str, split: str) -> str:
+def describe(
+    annotations: Annotations, splits: Splits, rule: str, split: str, vocabulary: Vocabulary
+) -> str:
     """Word all counts.
 
     Args:
@@ -79,38 +78,39 @@ def describe(annotations: Annotations, splits: Splits, rule: str, split: str) ->
         splits: Its splits.
         rule: When an artifact is present, such as `> 0.9`.
         split: How the splits were made.
+        vocabulary: The attributes.
     """
-    every = pd.concat(splits)
+    every, papers = pd.concat(splits), is_papers(vocabulary)
     without = annotations.without_artifacts
     left_out = ", ".join(f"{n:,} {disease}" for disease, n in without.items())
     lines = [
-        f"{len(every):,} {'melanomas and nevi' if IS_PAPERS else 'images'}, split: {split}",
-        f"{'artifacts' if IS_PAPERS else 'labels'} from {annotations.artifacts_csv}, "
+        f"{len(every):,} {'melanomas and nevi' if papers else 'images'}, split: {split}",
+        f"{'artifacts' if papers else 'labels'} from {annotations.artifacts_csv}, "
         f"present if {rule}",
         *([f"left out, for want of a row there: {left_out}"] if without else []),
         "",
-        *_paper_tables(splits),
-        f"The {len(CONDITIONS)} subgroups (0 *: no image in that split)",
-        _text(_with_total(subgroups(splits)), mark_zero=True),
+        *_paper_tables(splits, vocabulary),
+        f"The {len(vocabulary.keys)} subgroups (0 *: no image in that split)",
+        _text(_with_total(subgroups(splits, vocabulary)), mark_zero=True),
         "",
         "Lesions in more than one split",
         *_leak_lines(splits),
         "",
         "Images by source (the part of lesion_id before the number; -: no lesion_id)",
-        _text(_by_source(every)),
+        _text(_by_source(every, vocabulary)),
     ]
     return "\n".join(lines)
 
 
-def _paper_tables(splits: Splits) -> list[str]:
-    if not IS_PAPERS:
-        return ["Images of each split", _text(table_1(splits)), ""]
+def _paper_tables(splits: Splits, vocabulary: Vocabulary) -> list[str]:
+    if not is_papers(vocabulary):
+        return ["Images of each split", _text(table_1(splits, vocabulary)), ""]
     return [
         "Table 1. Images of each split (the paper's counts below ours)",
-        _text(_beside_paper(table_1(splits))),
+        _text(_beside_paper(table_1(splits, vocabulary))),
         "",
         "Table 2, '# Real Sample'. Training images with exactly one artifact",
-        _text(_real_samples_beside_paper(splits.train)),
+        _text(_real_samples_beside_paper(splits.train, vocabulary)),
         "",
     ]
 
@@ -127,11 +127,11 @@ def _with_total(counts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([counts, counts.sum().to_frame("all").T])
 
 
-def _real_samples_beside_paper(train: pd.DataFrame) -> pd.DataFrame:
-    ours = real_samples(train)
+def _real_samples_beside_paper(train: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
+    ours = real_samples(train, vocabulary)
     paper = pd.DataFrame.from_dict(PAPER_REAL_SAMPLES, "index", columns=ours.columns)
     both = pd.concat([ours, paper.rename(index="  {}, paper".format)])
-    return both.loc[[row for d in DISEASES for row in (d, f"  {d}, paper")]]
+    return both.loc[[row for d in vocabulary.one_of for row in (d, f"  {d}, paper")]]
 
 
 def _leak_lines(splits: Splits) -> list[str]:
@@ -152,9 +152,9 @@ def _leak_lines(splits: Splits) -> list[str]:
     return lines
 
 
-def _by_source(rows: pd.DataFrame) -> pd.DataFrame:
+def _by_source(rows: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
     by_source = rows.assign(images=1, source=rows["source"].replace("", "-")).groupby("source")
-    return by_source[["images", *TABLE_ORDER]].sum().rename_axis(None)
+    return by_source[["images", *table_order(vocabulary)]].sum().rename_axis(None)
 
 
 def _text(counts: pd.DataFrame, mark_zero: bool = False) -> str:

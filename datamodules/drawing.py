@@ -12,7 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, DISEASES
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 
 SUPERSAMPLING = 2
 FAIR, TAN = (236, 196, 176), (206, 158, 130)
@@ -39,7 +39,7 @@ def draw(
     """Draw the image that a condition describes.
 
     Args:
-        condition: Multi-hot over `ATTRIBUTES`, with exactly one disease.
+        condition: Multi-hot over dermoscopy's attributes, with exactly one disease.
         rng: The image is a function of the condition and of this generator's seed.
         size: Side of the image in pixels.
         lesion_rng: Draws skin and lesion instead; images that share its seed show one lesion.
@@ -50,9 +50,11 @@ def draw(
     Raises:
         ValueError: if the condition holds both diseases or none.
     """
-    present = {a for a, on in zip(ATTRIBUTES, condition, strict=True) if on}
-    if len(present.intersection(DISEASES)) != 1:
-        raise ValueError(f"an image shows one disease of {DISEASES}, this condition {present}")
+    present = {a for a, on in zip(DERMOSCOPY.attributes, condition, strict=True) if on}
+    if len(present.intersection(DERMOSCOPY.one_of)) != 1:
+        raise ValueError(
+            f"an image shows one disease of {DERMOSCOPY.one_of}, this condition {present}"
+        )
     layers = (_skin, _nevus if "NV" in present else _melanoma, _ink, _hair, _gel, _ruler)
     names = (None, None, "ink", "hair", "gel_bubble", "ruler")
     side = size * SUPERSAMPLING

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from rl4med_ddpo.datamodules.annotations import read_annotations
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, short_name
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError, name_few
 
 REAL = "train"
-KEYS = [tuple(int(on) for on in condition) for condition in CONDITIONS.tolist()]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExtraImages:
 
 
 def extra_rows(
-    extra: ExtraImages, train: pd.DataFrame, root: Path, seed: int
+    extra: ExtraImages, train: pd.DataFrame, root: Path, seed: int, vocabulary: Vocabulary
 ) -> tuple[Path, pd.DataFrame]:
     """Choose the images to add, 32 times `per_subgroup` of them whatever the source.
 
@@ -46,6 +46,7 @@ def extra_rows(
         train: Rows of the training split.
         root: Its ISIC folder.
         seed: Of the choice among real images.
+        vocabulary: Its conditions are the subgroups.
 
     Returns:
         The folder that holds the images, and their rows.
@@ -54,14 +55,13 @@ def extra_rows(
         UserError: if the folder has too few images of a subgroup.
     """
     if extra.source == REAL:
-        return root, _oversampled(train, extra.per_subgroup, seed)
+        return root, _oversampled(train, extra.per_subgroup, seed, vocabulary)
     folder = Path(extra.source)
-    frame = read_annotations(folder).frame
-    keys = list(frame[list(ATTRIBUTES)].astype(int).itertuples(index=False, name=None))
-    rows = [np.flatnonzero([key == wanted for key in keys]) for wanted in KEYS]
+    frame = read_annotations(folder, vocabulary=vocabulary).frame
+    rows = _by_subgroup(frame, vocabulary)
     few = [
-        f"{short_name(condition)} ({len(found)})"
-        for condition, found in zip(CONDITIONS, rows, strict=True)
+        f"{name} ({len(found)})"
+        for name, found in zip(vocabulary.names, rows, strict=True)
         if len(found) < extra.per_subgroup
     ]
     if few:
@@ -74,12 +74,18 @@ def extra_rows(
     return folder, frame.iloc[chosen].reset_index(drop=True)
 
 
-def _oversampled(train: pd.DataFrame, per_subgroup: int, seed: int) -> pd.DataFrame:
-    keys = list(train[list(ATTRIBUTES)].astype(int).itertuples(index=False, name=None))
-    rows = [np.flatnonzero([key == wanted for key in keys]) for wanted in KEYS]
+def _by_subgroup(frame: pd.DataFrame, vocabulary: Vocabulary) -> list[NDArray[np.intp]]:
+    keys = list(frame[list(vocabulary.attributes)].astype(int).itertuples(index=False, name=None))
+    return [np.flatnonzero([key == wanted for key in keys]) for wanted in vocabulary.keys]
+
+
+def _oversampled(
+    train: pd.DataFrame, per_subgroup: int, seed: int, vocabulary: Vocabulary
+) -> pd.DataFrame:
+    rows = _by_subgroup(train, vocabulary)
     there = [found for found in rows if len(found)]
     wanted = np.full(len(there), per_subgroup)
-    open_places = len(KEYS) * per_subgroup - wanted.sum()
+    open_places = len(vocabulary.keys) * per_subgroup - wanted.sum()
     wanted += open_places // len(there)
     wanted[: open_places % len(there)] += 1
     rng = np.random.default_rng(seed)

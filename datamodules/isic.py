@@ -21,6 +21,7 @@ from rl4med_ddpo.datamodules.images import INPUT, Resize, find_images
 from rl4med_ddpo.datamodules.isic_dataset import ISICDataset
 from rl4med_ddpo.datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
 from rl4med_ddpo.datamodules.splits import Splits, make_splits
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 
 Batch = dict[str, Tensor | list[str]]
@@ -40,6 +41,8 @@ class ISICDataModule(LightningDataModule):
             or as probabilities.
         images: Name of the images' folder in root.
         threshold: An artifact is present if its value is greater than this, in [0, 1). Paper: 0.9.
+        vocabulary: The attributes of the images, and how prompts word them. Classifiers take it
+            from here.
         split: `paper` (the authors' split; half of its test images share a lesion with train),
             `lesion` (the same fractions, no lesion in two splits), or a folder with one
             *train*.csv, one *val*.csv and one *test*.csv, of which the column `image` is used.
@@ -68,6 +71,7 @@ class ISICDataModule(LightningDataModule):
         table: str | None = None,
         images: str = INPUT,
         threshold: float = 0.9,
+        vocabulary: Vocabulary = DERMOSCOPY,
         split: str = "paper",
         split_seed: int = 42,
         size: int = 512,
@@ -96,6 +100,7 @@ class ISICDataModule(LightningDataModule):
         self.table = None if table is None else Path(table)
         self.images = images
         self.threshold = threshold
+        self.vocabulary = vocabulary
         self.split = split
         self.split_seed = split_seed
         self.size = size
@@ -119,7 +124,9 @@ class ISICDataModule(LightningDataModule):
     @cached_property
     def annotations(self) -> Annotations:
         """The joined table."""
-        return read_annotations(self.folder, self.artifacts_csv, self.threshold, self.table)
+        return read_annotations(
+            self.folder, self.artifacts_csv, self.threshold, self.table, self.vocabulary
+        )
 
     @cached_property
     def splits(self) -> Splits:
@@ -130,7 +137,9 @@ class ISICDataModule(LightningDataModule):
         """Return the images of a split, in the split's order; flipped at random if asked for."""
         rows = getattr(self.splits, name)
         seed = self.seed if flip else None
-        made = ISICDataset(rows, self.folder, self.size, self.resize, seed, self.images)
+        made = ISICDataset(
+            rows, self.folder, self.size, self.resize, seed, self.images, self.vocabulary
+        )
         made.copies = self.copies
         return made
 
@@ -142,7 +151,8 @@ class ISICDataModule(LightningDataModule):
         """Say what the tables hold: the paper's counts, subgroups, leaks. No image is read."""
         seeded = self.split in ("paper", "lesion")
         split = f"{self.split} (seed {self.split_seed})" if seeded else self.split
-        return describe(self.annotations, self.splits, f"> {self.threshold}", split)
+        rule = f"> {self.threshold}"
+        return describe(self.annotations, self.splits, rule, split, self.vocabulary)
 
     def prepare_data(self) -> None:
         """Make the copies of all splits' images that are not there yet; one process a machine."""
@@ -163,9 +173,13 @@ class ISICDataModule(LightningDataModule):
             self.train_set = self.dataset("train", flip=self.augment)
             self.train_set.distortion_seed = self.seed if self.distort else None
             if self.extra is not None:
-                root, rows = extra_rows(self.extra, self.splits.train, self.folder, self.seed)
+                root, rows = extra_rows(
+                    self.extra, self.splits.train, self.folder, self.seed, self.vocabulary
+                )
                 images = self.images if root == self.folder else INPUT
-                self.train_set.extend(ISICDataset(rows, root, self.size, images=images))
+                self.train_set.extend(
+                    ISICDataset(rows, root, self.size, images=images, vocabulary=self.vocabulary)
+                )
         if stage in ("fit", "validate"):
             self.val_set = self.dataset("val")
         if stage in ("test", "predict"):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, prompt_of
 from rl4med_ddpo.datamodules.augmentation import distort
 from rl4med_ddpo.datamodules.decodable import require_decodable
 from rl4med_ddpo.datamodules.image_copies import ResizedCopies
 from rl4med_ddpo.datamodules.images import INPUT, Resize, find_images, read_image
 from rl4med_ddpo.datamodules.latents import EVERY_FLIP, Flips, LatentCache
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 
 
 class ISICDataset(Dataset[dict[str, Tensor | str]]):
-    """Images of one split, as `image` `(3, S, S)`, `condition` `(6,)`, `prompt` and `id`.
+    """Images of one split, as `image` `(3, S, S)`, `condition` `(A,)`, `prompt` and `id`.
 
     Args:
         frame: Rows of the joined table, see `datamodules.annotations.Annotations`.
@@ -27,6 +27,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         resize: See `datamodules.images.read_image`.
         flip_seed: Flip at random, as (flip_seed, key) decides; by default not at all.
         images: Name of the images' folder in `root`.
+        vocabulary: The attributes, and how a prompt words them.
 
     Attributes:
         latents: Where to read `latents` `(2C, h, w)` in place of `image`; None reads the images.
@@ -49,11 +50,13 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         resize: Resize = "squash",
         flip_seed: int | None = None,
         images: str = INPUT,
+        vocabulary: Vocabulary = DERMOSCOPY,
     ) -> None:
         self.paths = find_images(root, frame, images)
         require_decodable(self.paths)
         self.ids = frame["id"].tolist()
-        self.conditions = torch.from_numpy(frame[list(ATTRIBUTES)].to_numpy(np.float32))
+        self.conditions = torch.from_numpy(frame[list(vocabulary.attributes)].to_numpy(np.float32))
+        self.vocabulary = vocabulary
         self.size = size
         self.resize: Resize = resize
         self.flip_seed = flip_seed
@@ -87,7 +90,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
 
     def prompt(self, row: int) -> str:
         """Return the caption of an image."""
-        return prompt_of(self.conditions[row])
+        return self.vocabulary.prompt_of(self.conditions[row])
 
     def image(self, row: int, flips: Flips) -> Tensor:
         """Read an image, `(3, S, S)` in [0, 1], and flip it."""

@@ -8,36 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import (
-    ATTRIBUTES,
-    CONDITIONS,
-    PROMPTS,
-    prompt_id,
-    prompt_of,
-    short_name,
-)
 from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError, name_few
 
 PromptBatch = dict[str, list[str] | Tensor]
 
 
-def prompt_batch(rows: Tensor, first: int = 0) -> PromptBatch:
+def prompt_batch(rows: Tensor, vocabulary: Vocabulary, first: int = 0) -> PromptBatch:
     """Make the batch of some prompts, whose samples are numbered from `first` on.
 
     Args:
-        rows: Which row of `CONDITIONS` each prompt is, `(M,)` int64.
+        rows: Which of the vocabulary's prompts each is, `(M,)` int64.
+        vocabulary: What the prompts are.
         first: Global index of the first sample.
 
     Returns:
         `prompt`, M texts, and `name`, their short names; `prompt_id`, `(M,)` int64; `condition`,
-        multi-hot `(M, 6)`; `index`, the global sample indices, `(M,)` int64.
+        multi-hot `(M, A)`; `index`, the global sample indices, `(M,)` int64.
     """
     return {
-        "prompt": [PROMPTS[row] for row in rows.tolist()],
-        "name": [short_name(CONDITIONS[row]) for row in rows.tolist()],
+        "prompt": [vocabulary.prompts[row] for row in rows.tolist()],
+        "name": [vocabulary.names[row] for row in rows.tolist()],
         "prompt_id": rows,
-        "condition": CONDITIONS[rows],
+        "condition": vocabulary.conditions[rows],
         "index": torch.arange(first, first + len(rows)),
     }
 
@@ -48,12 +42,16 @@ class PromptLoader:
     It is no `DataLoader` on purpose: Lightning would hand each process a part of one.
 
     Args:
-        draw: Gives the rows of `CONDITIONS` to yield, `(M,)` int64, when an epoch begins.
+        vocabulary: What the prompts are.
+        draw: Gives which of its prompts to yield, `(M,)` int64, when an epoch begins.
         n: M.
         chunk_size: Most prompts in a batch.
     """
 
-    def __init__(self, draw: Callable[[], Tensor], n: int, chunk_size: int) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, draw: Callable[[], Tensor], n: int, chunk_size: int
+    ) -> None:
+        self.vocabulary = vocabulary
         self.draw = draw
         self.n = n
         self.chunk_size = chunk_size
@@ -64,7 +62,7 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         rows = self.draw()
         for first in range(0, self.n, self.chunk_size):
-            yield prompt_batch(rows[first : first + self.chunk_size], first)
+            yield prompt_batch(rows[first : first + self.chunk_size], self.vocabulary, first)
 
 
 class ISICPromptDataModule(ISICDataModule):
@@ -72,8 +70,8 @@ class ISICPromptDataModule(ISICDataModule):
 
     Args:
         root: Folder of ISIC 2019, needed for `prompts: train` and for the real images only.
-        prompts: `balanced` over the 32 prompts; `train`, as frequent as in the training split and
-            drawn anew in each epoch; or a list of prompts, balanced over it.
+        prompts: `balanced` over all of the vocabulary; `train`, as frequent as in the training
+            split and drawn anew in each epoch; or a list of prompts, balanced over it.
         samples_per_epoch: Images sampled in an epoch, by all processes together; a multiple of the
             number of prompts, unless they are drawn from the training split. Paper: 256.
         validation_samples_per_prompt: Images sampled for each prompt in a validation; 0 for none.
@@ -100,7 +98,9 @@ class ISICPromptDataModule(ISICDataModule):
         self.draws_from_train = prompts == "train"
         if self.draws_from_train and root is None:
             raise UserError("prompts=train takes the prompts of the training images: give root.")
-        self.rows = _rows_of(PROMPTS if prompts in ("balanced", "train") else prompts)
+        everyone = self.vocabulary.prompts
+        chosen = everyone if isinstance(prompts, str) else prompts
+        self.rows = _rows_of(chosen, self.vocabulary)
         least = {
             "samples_per_epoch": (samples_per_epoch, 1),
             "validation_samples_per_prompt": (validation_samples_per_prompt, 0),
@@ -122,14 +122,15 @@ class ISICPromptDataModule(ISICDataModule):
     def setup(self, stage: str) -> None:
         """Read the tables, if the prompts are drawn from them."""
         if stage == "fit" and self.draws_from_train:
-            rows = self.splits.train[list(ATTRIBUTES)].to_numpy(np.float32)
-            self.train_rows = np.array(
-                [prompt_id(prompt_of(torch.from_numpy(row))) for row in rows]
-            )
+            rows = self.splits.train[list(self.vocabulary.attributes)].astype(int)
+            keys = rows.itertuples(index=False, name=None)
+            self.train_rows = np.array([self.vocabulary.keys.index(key) for key in keys])
 
     def train_dataloader(self) -> PromptLoader:
         """Yield the one batch of the current epoch."""
-        return PromptLoader(self._draw, self.samples_per_epoch, self.samples_per_epoch)
+        return PromptLoader(
+            self.vocabulary, self._draw, self.samples_per_epoch, self.samples_per_epoch
+        )
 
     def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
         """Yield each prompt `validation_samples_per_prompt` times; no loader at all for 0."""
@@ -157,15 +158,16 @@ class ISICPromptDataModule(ISICDataModule):
 
     def _eval_loader(self, samples_per_prompt: int, chunk_size: int) -> PromptLoader:
         n = samples_per_prompt * len(self.rows)
-        return PromptLoader(lambda: self._balanced(n), n, chunk_size)
+        return PromptLoader(self.vocabulary, lambda: self._balanced(n), n, chunk_size)
 
 
-def _rows_of(prompts: Sequence[str]) -> Tensor:
-    unknown = [prompt for prompt in prompts if prompt not in PROMPTS]
+def _rows_of(prompts: Sequence[str], vocabulary: Vocabulary) -> Tensor:
+    known = vocabulary.prompts
+    unknown = [prompt for prompt in prompts if prompt not in known]
     if unknown:
-        near = get_close_matches(unknown[0], PROMPTS, n=1, cutoff=0)
+        near = get_close_matches(unknown[0], known, n=1, cutoff=0)
         raise UserError(
-            f"{len(unknown):,} of the {len(prompts):,} prompts are none of the {len(PROMPTS)}: "
+            f"{len(unknown):,} of the {len(prompts):,} prompts are none of the {len(known)}: "
             f"{name_few(map(repr, unknown))}.\n  The nearest to the first is {near[0]!r}."
         )
     twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
@@ -174,7 +176,7 @@ def _rows_of(prompts: Sequence[str]) -> Tensor:
         raise UserError(
             f"the list of prompts {what}.\n  Give each prompt once; all get equal shares."
         )
-    return torch.tensor([prompt_id(prompt) for prompt in prompts])
+    return torch.tensor([vocabulary.prompt_id(prompt) for prompt in prompts])
 
 
 def _check_balance(samples_per_epoch: int, n_prompts: int) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from typing import Any
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
 from rl4med_ddpo.datamodules.describe import real_samples, subgroups, table_1
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 
@@ -27,7 +26,7 @@ def split_hash(data: ISICDataModule) -> str:
     """Hash ids, labels and splits, in whatever order and folder they lie."""
     hashed = hashlib.sha256()
     for name, rows in data.splits._asdict().items():
-        ordered = rows.sort_values("id")[["id", *ATTRIBUTES]]
+        ordered = rows.sort_values("id")[["id", *data.vocabulary.attributes]]
         hashed.update(f"{name}\n{ordered.to_csv(index=False, header=False)}".encode())
     return hashed.hexdigest()
 
@@ -35,7 +34,7 @@ def split_hash(data: ISICDataModule) -> str:
 def data_counts(data: ISICDataModule) -> dict[str, Any]:
     """Count what Tables 1 and 2 count, and the 32 subgroups."""
     return {
-        "table_1": table_1(data.splits).T.to_dict(),
-        "real_samples": real_samples(data.splits.train).T.to_dict(),
-        "subgroups": subgroups(data.splits).to_dict("list"),
+        "table_1": table_1(data.splits, data.vocabulary).T.to_dict(),
+        "real_samples": real_samples(data.splits.train, data.vocabulary).T.to_dict(),
+        "subgroups": subgroups(data.splits, data.vocabulary).to_dict("list"),
     }

@@ -1,11 +1,18 @@
-"""Which attributes images have and how prompts word them: dermoscopy's, or any other set's."""
+"""Which attributes images have and how prompts word them: dermoscopy's, or any other set's.
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+A *condition* is the multi-hot vector over the attributes. A prompt and a condition say the same
+thing, and an attribute of `any_of` that a prompt does not name must be absent from its image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
 from string import Formatter
 from typing import Any
 
-import yaml
+import torch
+from torch import Tensor
 
 from rl4med_ddpo.foundation.errors import UserError
 
@@ -17,7 +24,7 @@ MOST = 8
 class Vocabulary:
     """A set of attributes and its prompts.
 
-    Attributes:
+    Args:
         any_of: Attributes of which an image may show any; the judge reads these.
         one_of: Attributes of which every image shows exactly one; may be empty.
         words: How a prompt calls each of them.
@@ -25,6 +32,9 @@ class Vocabulary:
         template_for_none: The prompt of an image that shows none of `any_of`.
         data: Name of the data, for the card of an exported model.
         licence: Under which the data may be used, for the card too.
+
+    Raises:
+        UserError: if prompts cannot be made of it.
     """
 
     any_of: tuple[str, ...]
@@ -35,52 +45,117 @@ class Vocabulary:
     data: str = ""
     licence: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("any_of", "one_of"):
+            object.__setattr__(self, name, tuple(map(str, getattr(self, name) or ())))
+        if wrong := _mistakes(self):
+            raise UserError("no prompts can be made of the vocabulary: " + "; ".join(wrong))
 
-DERMOSCOPY = Vocabulary(
-    any_of=("hair", "gel_bubble", "ruler", "ink"),
-    one_of=("MEL", "NV"),
-    words={
-        "hair": "hair",
-        "gel_bubble": "gel bubble",
-        "ruler": "ruler",
-        "ink": "ink",
-        "MEL": "melanoma (MEL)",
-        "NV": "melanocytic nevus (NV)",
-    },
-    template="a dermoscopic image with {one_of} showing {any_of}",
-    template_for_none="a dermoscopic image with {one_of} with no visible artifacts",
-    data="ISIC 2019 (HAM10000, BCN_20000, MSK), dermoscopy of melanomas and nevi",
-    licence="CC-BY-NC-4.0",
-)
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """All attributes in the order of a condition, A of them."""
+        return self.any_of + self.one_of
 
+    @cached_property
+    def conditions(self) -> Tensor:
+        """Every condition, `(P, A)` float32: for each of `one_of`, from the fewest others on."""
+        subsets = [
+            s for size in range(len(self.any_of) + 1) for s in combinations(self.any_of, size)
+        ]
+        return torch.stack([self.condition_of(one, s) for one in self._ones for s in subsets])
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a YAML file with the fields of a `Vocabulary`.
+    @cached_property
+    def keys(self) -> tuple[tuple[int, ...], ...]:
+        """Every condition as 0 and 1, in the order of `conditions`."""
+        return tuple(tuple(int(on) for on in condition) for condition in self.conditions.tolist())
 
-    Raises:
-        UserError: if the file is missing or says something that prompts cannot be made of.
-    """
-    try:
-        given = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the attributes {path}: {error}") from error
-    known = [f.name for f in fields(Vocabulary)]
-    if not isinstance(given, dict) or set(given) - set(known) or not given.get("any_of"):
-        raise UserError(
-            f"{path} is no set of attributes. It needs any_of, words, template and "
-            f"template_for_none; allowed are {', '.join(known)}."
-        )
-    lists = {name: tuple(map(str, given.get(name) or ())) for name in ("any_of", "one_of")}
-    vocabulary = Vocabulary(**{**given, **lists})
-    wrong = _mistakes(vocabulary)
-    if wrong:
-        raise UserError(f"{path}: " + "; ".join(wrong))
-    return vocabulary
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt, in the order of `conditions`; 32 of dermoscopy."""
+        return tuple(map(self.prompt_of, self.conditions))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Short names of all prompts, in the order of `conditions`."""
+        return tuple(map(self.short_name, self.conditions))
+
+    @property
+    def _ones(self) -> tuple[str | None, ...]:
+        return self.one_of or (None,)
+
+    def condition_of(self, one: str | None, several: Sequence[str] = ()) -> Tensor:
+        """Return the multi-hot condition, `(A,)` float32.
+
+        Args:
+            one: Of `one_of`; None where there are none.
+            several: Some of `any_of`.
+
+        Raises:
+            ValueError: if a name is unknown.
+        """
+        names = (one, *several)
+        if one not in self._ones or set(several) - set(self.any_of):
+            raise ValueError(
+                f"no such attribute in {names}: a condition is one of {self.one_of} and any of "
+                f"{self.any_of}"
+            )
+        return torch.tensor([float(a in names) for a in self.attributes])
+
+    def present(self, condition: Tensor) -> list[str]:
+        """Name the attributes that a condition, `(A,)`, holds."""
+        return [a for a, on in zip(self.attributes, condition.tolist(), strict=True) if on]
+
+    def prompt_of(self, condition: Tensor) -> str:
+        """Word a condition, `(A,)` with exactly one of `one_of`, as the prompt that asks for it.
+
+        Raises:
+            ValueError: if the condition holds several of `one_of`, or none.
+        """
+        present = self.present(condition)
+        ones = [a for a in present if a in self.one_of]
+        if len(ones) != min(1, len(self.one_of)):
+            raise ValueError(f"a prompt names one of {self.one_of}, this condition {ones}")
+        several = ", ".join(self.words[a] for a in present if a in self.any_of)
+        template = self.template if several else self.template_for_none
+        return template.format(one_of="".join(self.words[a] for a in ones), any_of=several)
+
+    def prompt_id(self, prompt: str) -> int:
+        """Return the row of `conditions` that a prompt asks for.
+
+        Raises:
+            ValueError: if the text is not one of the prompts.
+        """
+        try:
+            return self.prompts.index(prompt)
+        except ValueError:
+            raise ValueError(
+                f"not one of the {len(self.prompts)} prompts: {prompt!r}\n"
+                f"  they read like: {self.prompts[-1]!r}\n"
+                f"  or:             {self.prompts[0]!r}"
+            ) from None
+
+    def short_name(self, condition: Tensor) -> str:
+        """Name a condition, `(A,)`, in few characters, as in `MEL+hair+ruler`."""
+        present = sorted(self.present(condition), key=lambda a: a in self.any_of)
+        return "+".join(present) or "none"
+
+    def caption(self, condition: Tensor) -> str:
+        """Word a condition, `(A,)`, for below an image, as in `MEL: hair, gel bubble`."""
+        present = self.present(condition)
+        several = ", ".join(self.words[a] for a in present if a in self.any_of)
+        ones = "".join(f"{a}: " for a in present if a in self.one_of)
+        return f"{ones}{several or 'no artifacts'}"
+
+    def word(self, attribute: str) -> str:
+        """Return an attribute's words without what stands in brackets."""
+        return self.words[attribute].partition(" (")[0]
 
 
 def _mistakes(vocabulary: Vocabulary) -> list[str]:
-    names = vocabulary.any_of + vocabulary.one_of
+    names = vocabulary.attributes
     wrong = []
+    if not vocabulary.any_of:
+        wrong.append("any_of needs at least one attribute")
     if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
         wrong.append("attributes must differ, and be made of letters, digits and underscores")
     if len(vocabulary.any_of) > MOST or len(vocabulary.one_of) == 1:
@@ -102,3 +177,22 @@ def _places(template: Any) -> set[str | None]:
         return {place for _, place, _, _ in Formatter().parse(template) if place is not None}
     except (ValueError, TypeError):
         return {None}
+
+
+DERMOSCOPY = Vocabulary(
+    any_of=("hair", "gel_bubble", "ruler", "ink"),
+    one_of=("MEL", "NV"),
+    words={
+        "hair": "hair",
+        "gel_bubble": "gel bubble",
+        "ruler": "ruler",
+        "ink": "ink",
+        "MEL": "melanoma (MEL)",
+        "NV": "melanocytic nevus (NV)",
+    },
+    template="a dermoscopic image with {one_of} showing {any_of}",
+    template_for_none="a dermoscopic image with {one_of} with no visible artifacts",
+    data="ISIC 2019 (HAM10000, BCN_20000, MSK), dermoscopy of melanomas and nevi",
+    licence="CC-BY-NC-4.0",
+)
+"""The paper's: six attributes, 32 prompts."""

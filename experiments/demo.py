@@ -20,7 +20,6 @@ from jsonargparse import auto_cli
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.metrics.apr import as_asked
@@ -137,7 +136,7 @@ def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
 @torch.no_grad()
 def ceiling(run: Path) -> dict[str, Any]:
     """Score real images as if they were samples: no generator can be read better than these."""
-    judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", ARTIFACTS)
+    judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", heads="any_of")
     real = ISICDataModule(str(run / "balanced"), size=64).dataset("test")
     right = [
         as_asked(judge(batch["image"]) > 0, batch["condition"][:, judge.columns].bool())

@@ -1,5 +1,6 @@
 """The attribute classifier: reward network with six heads, judge with the four artifacts."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.networks.backbone import (
@@ -40,8 +41,10 @@ class AttributeClassifier(L.LightningModule):
         backbone: Name of a timm architecture, such as efficientnet_b0 (the paper's).
         pretrained: Start from timm's ImageNet weights (true; fetched from the hub if not in its
             cache), from a .safetensors file of weights under timm's names, or from none (false).
-        attributes: What the heads read, in the order hair, gel_bubble, ruler, ink, MEL, NV. The
-            reward network has all six, the judge the first four.
+        attributes: What the heads read, in the vocabulary's order: hair, gel_bubble, ruler, ink,
+            MEL, NV. The reward network has all six, the judge the first four. null is all.
+        vocabulary: The attributes of the data, in the order of their conditions. The command line
+            takes it from the data module; a checkpoint carries it.
         image_size: Side in pixels to which images are resized before the network.
         dropout: Share of the pooled features dropped in training.
         pos_weight: Weight of the images that have an attribute, in the loss. none: 1. balanced:
@@ -56,7 +59,8 @@ class AttributeClassifier(L.LightningModule):
         self,
         backbone: str = "efficientnet_b0",
         pretrained: bool | str = True,
-        attributes: tuple[str, ...] = ATTRIBUTES,
+        attributes: tuple[str, ...] | None = None,
+        vocabulary: Vocabulary | dict[str, Any] = DERMOSCOPY,
         image_size: int = 224,
         dropout: float = 0.3,
         pos_weight: Literal["none", "balanced"] | dict[str, float] = "none",
@@ -64,9 +68,13 @@ class AttributeClassifier(L.LightningModule):
         warmup: float = 0.0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
-        self.attributes = tuple(attributes)
-        self.columns = _columns(self.attributes)
+        # a checkpoint keeps plain values, and gives them back as such
+        known = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(**vocabulary)
+        self.save_hyperparameters(ignore=["optimizer", "vocabulary"])
+        self.save_hyperparameters({"vocabulary": asdict(known)})
+        self.vocabulary = known
+        self.attributes = known.attributes if attributes is None else tuple(attributes)
+        self.columns = _columns(self.attributes, known)
         check_backbone(backbone)
         if not 0 <= warmup < 1:
             raise UserError(f"warmup is a share of the run in [0, 1), not {warmup}")
@@ -81,6 +89,11 @@ class AttributeClassifier(L.LightningModule):
         self.register_buffer("positive_weight", given_weights(pos_weight, self.attributes))
         self.val_scores = AttributeScores(self.attributes)
         self.test_scores = AttributeScores(self.attributes)
+
+    def setup(self, stage: str) -> None:
+        """Refuse data whose conditions mean something else."""
+        data = getattr(self.trainer.datamodule, "vocabulary", self.vocabulary)
+        require_same_attributes(data, {"the classifier": self.vocabulary})
 
     def configure_model(self) -> None:
         """Build the network; pretrained weights are of use to `fit` alone."""
@@ -189,35 +202,66 @@ class AttributeClassifier(L.LightningModule):
 
 
 def load_classifier(
-    path: str | Path, attributes: tuple[str, ...] | None = None
+    path: str | Path, heads: Literal["all", "any_of"] | None = None
 ) -> AttributeClassifier:
     """Load a trained classifier for use: eval mode, frozen, float32, nothing fetched.
 
     Args:
         path: Checkpoint that `fit` wrote.
-        attributes: Heads that the caller needs, in their order; None accepts any.
+        heads: Attributes that the caller needs read: `all` of its vocabulary, those of `any_of`, or
+            whichever it reads (None).
 
     Raises:
         UserError: if the file is missing, damaged, no classifier's, or has other heads.
     """
     path = Path(path)
-    checkpoint = _read_checkpoint(path)
-    found = tuple(checkpoint["hyper_parameters"].get("attributes", ATTRIBUTES))
-    if attributes is not None and found != tuple(attributes):
-        raise UserError(
-            f"the classifier {path} has other heads than needed.\n"
-            f"  needed ({len(attributes)}): {', '.join(attributes)}\n"
-            f"  found  ({len(found)}): {', '.join(found)}\n"
-            "  The reward network reads all six attributes (classifier.yaml), the judge the four "
-            "artifacts (judge.yaml)"
-        )
+    _read_checkpoint(path)
     try:
         classifier = AttributeClassifier.load_from_checkpoint(
             path, map_location="cpu", weights_only=True, pretrained=False
         )
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the weights in {path} do not fit its settings: {error}") from error
+    _require_heads(classifier, heads, path)
     return classifier.float().eval().requires_grad_(False)
+
+
+def require_same_attributes(data: Vocabulary, readers: dict[str, Vocabulary]) -> None:
+    """Refuse networks that were trained to read other attributes than the data have.
+
+    Args:
+        data: Of the data.
+        readers: Of each network, by what it is.
+
+    Raises:
+        UserError: with both lists of attributes.
+    """
+    wrong = [
+        f"  {name}: {', '.join(reader.attributes)}"
+        for name, reader in readers.items()
+        if reader.attributes != data.attributes
+    ]
+    if wrong:
+        raise UserError(
+            f"the data have the attributes {', '.join(data.attributes)}; others read\n"
+            + "\n".join(wrong)
+            + "\n  Give the data module the vocabulary that they were trained with, or train again"
+        )
+
+
+def _require_heads(
+    classifier: AttributeClassifier, heads: Literal["all", "any_of"] | None, path: Path
+) -> None:
+    vocabulary, found = classifier.vocabulary, classifier.attributes
+    needed = {"all": vocabulary.attributes, "any_of": vocabulary.any_of, None: found}[heads]
+    if found != needed:
+        raise UserError(
+            f"the classifier {path} has other heads than needed.\n"
+            f"  needed ({len(needed)}): {', '.join(needed)}\n"
+            f"  found  ({len(found)}): {', '.join(found)}\n"
+            "  The reward network reads all attributes (classifier.yaml), the judge those that an "
+            "image may show any of (judge.yaml)"
+        )
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -235,11 +279,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _columns(attributes: tuple[str, ...]) -> list[int]:
-    ordered = tuple(a for a in ATTRIBUTES if a in attributes)
+def _columns(attributes: tuple[str, ...], vocabulary: Vocabulary) -> list[int]:
+    known = vocabulary.attributes
+    ordered = tuple(a for a in known if a in attributes)
     if not attributes or ordered != attributes:
         raise UserError(
             f"attributes of the classifier: {', '.join(attributes) or 'none'}.\n"
-            f"  Allowed: some of {', '.join(ATTRIBUTES)}, each once and in this order"
+            f"  Allowed: some of {', '.join(known)}, each once and in this order"
         )
-    return [ATTRIBUTES.index(a) for a in attributes]
+    return [known.index(a) for a in attributes]

@@ -14,11 +14,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS
 from rl4med_ddpo.datamodules.images import to_eight_bits
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import keys
-from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.classifier import load_classifier, require_same_attributes
 from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, load_policy, save_lora
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
@@ -212,10 +211,15 @@ class DDPO(TextToImage):
 
     def make_scorer(self) -> PolicyScorer:
         """Load the judge, which must be another network than the reward's."""
-        judge = load_classifier(self.hparams.judge, attributes=ARTIFACTS)
+        judge = load_classifier(self.hparams.judge, heads="any_of")
+        readers = {f"the judge {self.hparams.judge}": judge.vocabulary}
         rewarding = getattr(self.reward, "network", None)
         if rewarding is not None:
             require_independent(judge, rewarding.module, self.hparams.judge)
+            readers["the reward network"] = rewarding.module.vocabulary
+        data = self._trainer and getattr(self.trainer.datamodule, "vocabulary", None)
+        if data:
+            require_same_attributes(data, readers)
         return PolicyScorer(judge)
 
     def make_sampler(self) -> RolloutSampler:

@@ -13,12 +13,12 @@ class Samples:
     Attributes:
         prompts: B texts.
         names: Short names of the prompts.
-        conditions: What they ask for, multi-hot `(B, 6)`.
+        conditions: What they ask for, multi-hot `(B, A)`.
         index: Global sample indices, `(B,)` int64.
         noise_keys: What decided the noise, besides the policy, `(B,)` int64.
         images: `(B, 3, H, W)` uint8.
         reward: `(B,)`.
-        reward_logits: What the reward's network read, `(B, 6)`; None if it has no network.
+        reward_logits: What the reward's network read, `(B, A)`; None if it has no network.
         judge_logits: What the judge read, `(B, 4)`.
     """
 

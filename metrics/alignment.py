@@ -6,53 +6,57 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-    CONDITIONS,
-    DISEASES,
-    PROMPTS,
-    short_name,
-)
-from rl4med_ddpo.datamodules.describe import TABLE_ORDER
+from rl4med_ddpo.datamodules.describe import table_order
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.metrics.apr import as_asked
 from rl4med_ddpo.metrics.intervals import wilson_interval
 
-KEYS = tuple(tuple(int(on) for on in condition) for condition in CONDITIONS.tolist())
-TABLE_2 = {
-    "+".join(a for a in (d, artifact) if a): tuple(int(a in (d, artifact)) for a in ATTRIBUTES)
-    for d in DISEASES or (None,)
-    for artifact in [a for a in TABLE_ORDER if a in ARTIFACTS]
-}
-"""The columns of Table 2, with their conditions: the prompts that ask for exactly one artifact."""
+
+def table_2_conditions(vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
+    """Name the columns of Table 2 with their conditions: the prompts for exactly one artifact."""
+    return {
+        "+".join(a for a in (one, some) if a): tuple(
+            int(a in (one, some)) for a in vocabulary.attributes
+        )
+        for one in vocabulary.one_of or (None,)
+        for some in table_order(vocabulary)
+        if some in vocabulary.any_of
+    }
 
 
-def readings(manifest: pd.DataFrame, reader: str) -> NDArray[np.bool_] | None:
-    """Return which attributes a network read as present, `(N, 4)` or `(N, 6)`.
+def readings(
+    manifest: pd.DataFrame, reader: str, vocabulary: Vocabulary
+) -> NDArray[np.bool_] | None:
+    """Return which attributes a network read as present, `(N, H)`.
 
     Args:
         manifest: With the columns `<reader>_<attribute>` of probabilities.
-        reader: `judge` (the four artifacts) or `reward` (all six attributes).
+        reader: `judge` (the attributes of `any_of`) or `reward` (all of them).
+        vocabulary: The attributes.
 
     Returns:
         None if the manifest has no readings of this network.
     """
-    names = [f"{reader}_{a}" for a in (ARTIFACTS if reader == "judge" else ATTRIBUTES)]
+    heads = vocabulary.any_of if reader == "judge" else vocabulary.attributes
+    names = [f"{reader}_{a}" for a in heads]
     if names[0] not in manifest:
         return None
     return manifest[names].to_numpy() > 0.5
 
 
-def exact(manifest: pd.DataFrame, present: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def exact(
+    manifest: pd.DataFrame, present: NDArray[np.bool_], vocabulary: Vocabulary
+) -> NDArray[np.bool_]:
     """Tell which samples show all that was asked for and nothing else: Eq. (3), `(N,)`."""
-    asked = manifest[list(ATTRIBUTES)].to_numpy()[:, : present.shape[1]] == 1
+    asked = manifest[list(vocabulary.attributes)].to_numpy()[:, : present.shape[1]] == 1
     return as_asked(present, asked)
 
 
-def prompt_numbers(manifest: pd.DataFrame) -> NDArray[np.int64]:
-    """Return the row of `CONDITIONS` that each sample was made for, `(N,)`."""
-    rows = manifest[list(ATTRIBUTES)].astype(int).itertuples(index=False, name=None)
-    return np.array([KEYS.index(row) for row in rows])
+def prompt_numbers(manifest: pd.DataFrame, vocabulary: Vocabulary) -> NDArray[np.int64]:
+    """Return which of the vocabulary's prompts each sample was made for, `(N,)`."""
+    numbers = {key: number for number, key in enumerate(vocabulary.keys)}
+    rows = manifest[list(vocabulary.attributes)].astype(int).itertuples(index=False, name=None)
+    return np.array([numbers[row] for row in rows])
 
 
 def rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
@@ -64,41 +68,49 @@ def rate(hits: NDArray[np.bool_]) -> dict[str, Any]:
     return {"apr": correct / n, "apr_interval": interval, "correct": correct, "n": n}
 
 
-def alignment(manifest: pd.DataFrame) -> dict[str, Any]:
+def alignment(manifest: pd.DataFrame, vocabulary: Vocabulary) -> dict[str, Any]:
     """Lay out APR over all samples, for each column of Table 2 and each prompt; APR6 likewise.
 
     Args:
         manifest: As `SampleFolder` writes it.
+        vocabulary: The attributes and prompts.
     """
-    hits = exact(manifest, readings(manifest, "judge"))
-    asked = prompt_numbers(manifest)
-    columns = {name: asked == KEYS.index(key) for name, key in TABLE_2.items()}
+    hits = exact(manifest, readings(manifest, "judge", vocabulary), vocabulary)
+    asked = prompt_numbers(manifest, vocabulary)
+    columns = {
+        name: asked == vocabulary.keys.index(key)
+        for name, key in table_2_conditions(vocabulary).items()
+    }
     result = {
         **rate(hits),
         "reward": float(manifest["reward"].mean()),
         "table_2": {name: rate(hits[rows]) for name, rows in columns.items()},
         "prompts": {
-            short_name(condition): {"prompt": prompt, **rate(hits[asked == number])}
-            for number, (condition, prompt) in enumerate(zip(CONDITIONS, PROMPTS, strict=True))
+            name: {"prompt": prompt, **rate(hits[asked == number])}
+            for number, (name, prompt) in enumerate(
+                zip(vocabulary.names, vocabulary.prompts, strict=True)
+            )
         },
     }
-    of_reward = readings(manifest, "reward")
+    of_reward = readings(manifest, "reward", vocabulary)
     if of_reward is not None:
-        result["apr6"] = rate(exact(manifest, of_reward))
+        result["apr6"] = rate(exact(manifest, of_reward, vocabulary))
     return result
 
 
-def leakage(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Return the share of each prompt's samples that show each attribute: 32 rows, 6 columns.
+def leakage(manifest: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
+    """Return the share of each prompt's samples that show each attribute, `(P, A)`.
 
     The judge reads the artifacts, the reward network the diseases, which the judge cannot. Where a
     prompt asks for an attribute the share should be 1, elsewhere 0: what is there leaked in. NaN
     where there is no sample or no reader.
     """
-    shown = pd.DataFrame(np.nan, index=manifest.index, columns=list(ATTRIBUTES))
-    shown[list(ARTIFACTS)] = readings(manifest, "judge").astype(float)
-    of_reward = readings(manifest, "reward")
-    if of_reward is not None and DISEASES:
-        shown[list(DISEASES)] = of_reward[:, len(ARTIFACTS) :].astype(float)
-    by_prompt = shown.groupby(prompt_numbers(manifest)).mean().reindex(range(len(CONDITIONS)))
-    return by_prompt.set_axis([short_name(c) for c in CONDITIONS]).rename_axis("prompt")
+    several, ones = list(vocabulary.any_of), list(vocabulary.one_of)
+    shown = pd.DataFrame(np.nan, index=manifest.index, columns=several + ones)
+    shown[several] = readings(manifest, "judge", vocabulary).astype(float)
+    of_reward = readings(manifest, "reward", vocabulary)
+    if of_reward is not None and ones:
+        shown[ones] = of_reward[:, len(several) :].astype(float)
+    numbers = prompt_numbers(manifest, vocabulary)
+    by_prompt = shown.groupby(numbers).mean().reindex(range(len(vocabulary.keys)))
+    return by_prompt.set_axis(vocabulary.names).rename_axis("prompt")

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS, short_name
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.metrics.alignment import exact, prompt_numbers, rate
 
 FEW = 30
 
 
-def real_rates(rows: pd.DataFrame, present: NDArray[np.bool_]) -> dict[str, Any]:
+def real_rates(
+    rows: pd.DataFrame, vocabulary: Vocabulary, present: NDArray[np.bool_]
+) -> dict[str, Any]:
     """Score real images as if their labels were their prompts.
 
     Labels of artifacts are another network's guesses, wrong now and then; where the judge finds an
@@ -21,25 +23,25 @@ def real_rates(rows: pd.DataFrame, present: NDArray[np.bool_]) -> dict[str, Any]
 
     Args:
         rows: Of the joined table, with the attributes and `source`.
-        present: What the judge read, `(N, 4)`.
+        vocabulary: The attributes and prompts.
+        present: What the judge read, `(N, H)`.
 
     Returns:
-        The rate over all; over each of the 32 `prompts`, with `flag` where n is 0 or below 30;
+        The rate over all; over each of the `prompts`, with `flag` where n is 0 or below 30;
         over each `source`; and `present` and `absent` for each artifact.
     """
-    hits = exact(rows, present)
-    numbers = prompt_numbers(rows)
+    hits = exact(rows, present, vocabulary)
+    numbers, several = prompt_numbers(rows, vocabulary), vocabulary.any_of
     sources = rows["source"].replace("", "unknown").to_numpy()
-    labels = rows[list(ARTIFACTS)].to_numpy() == 1
+    labels = rows[list(several)].to_numpy() == 1
     return {
         **rate(hits),
         "prompts": {
-            short_name(condition): flagged(rate(hits[numbers == i]))
-            for i, condition in enumerate(CONDITIONS)
+            name: flagged(rate(hits[numbers == i])) for i, name in enumerate(vocabulary.names)
         },
         "sources": {s: flagged(rate(hits[sources == s])) for s in sorted(set(sources))},
-        "present": {a: flagged(rate(present[labels[:, i], i])) for i, a in enumerate(ARTIFACTS)},
-        "absent": {a: flagged(rate(~present[~labels[:, i], i])) for i, a in enumerate(ARTIFACTS)},
+        "present": {a: flagged(rate(present[labels[:, i], i])) for i, a in enumerate(several)},
+        "absent": {a: flagged(rate(~present[~labels[:, i], i])) for i, a in enumerate(several)},
     }
 
 

@@ -11,12 +11,16 @@ from rl4med_ddpo.report.runs import MODELS, Missing, Runs
 
 def paired_hits(runs: Runs) -> pd.DataFrame:
     """Return for each sample whether SD and SD+RL drew all four artifacts as asked."""
+    vocabulary = runs.vocabulary
     manifests = {model: runs.manifest(model) for model in MODELS}
     one, other = manifests.values()
     if not one["id"].equals(other["id"]) or not one["noise_key"].equals(other["noise_key"]):
         raise Missing("from samples of the same prompts and noise: score both models alike")
     return pd.DataFrame(
-        {m: exact(table, readings(table, "judge")) for m, table in manifests.items()}
+        {
+            m: exact(table, readings(table, "judge", vocabulary), vocabulary)
+            for m, table in manifests.items()
+        }
     )
 
 

@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, WORDS
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 
 DPI = 110
 
 
-def leakage_figure(matrices: dict[str, pd.DataFrame], path: Path) -> None:
+def leakage_figure(matrices: dict[str, pd.DataFrame], path: Path, vocabulary: Vocabulary) -> None:
     """Draw matrices of `metrics.alignment.leakage` side by side, for each model one.
 
     A frame marks what the prompt asks for; there the share should be 1, elsewhere 0. Colour is the
@@ -22,16 +22,16 @@ def leakage_figure(matrices: dict[str, pd.DataFrame], path: Path) -> None:
     """
     figure = Figure(figsize=(2.6 + 2.9 * len(matrices), 9.2), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
-    asked = CONDITIONS.numpy()
+    asked, attributes = vocabulary.conditions.numpy(), vocabulary.attributes
     for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
-        shares = matrix[list(ATTRIBUTES)].to_numpy(dtype=float)
+        shares = matrix[list(attributes)].to_numpy(dtype=float)
         image = axis.imshow(
             np.abs(shares - asked), cmap=mpl.colormaps["Reds"].with_extremes(bad="0.9"),
             vmin=0, vmax=1, aspect="auto",
         )  # fmt: skip
         axis.set_title(title)
         axis.set_xticks(
-            range(len(ATTRIBUTES)), [WORDS[a].partition(" (")[0] for a in ATTRIBUTES],
+            range(len(attributes)), [vocabulary.word(a) for a in attributes],
             rotation=35, ha="right",
         )  # fmt: skip
         axis.set_yticks(range(len(matrix)), [name.replace("_", " ") for name in matrix.index])

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from rl4med_ddpo.datamodules.attributes import PROMPTS, VOCABULARY
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 
 SCORED = ("distribution", "lpips", "copies")
 """Parts of `results/metrics.json` that are listed beside its own numbers."""
@@ -59,29 +59,32 @@ USE_PIPELINE = """\
     pipeline("{prompt}").images[0]"""
 
 
-def model_card(pl_module: L.LightningModule, results: dict[str, Any] | None) -> str:
+def model_card(
+    pl_module: L.LightningModule, vocabulary: Vocabulary, results: dict[str, Any] | None
+) -> str:
     """Word the card.
 
     Args:
         pl_module: What was trained; its hyperparameters `pipeline` and `train` are told.
+        vocabulary: Of the data.
         results: What `test` wrote to `results/metrics.json`; None where it has not run.
     """
     settings = dict(pl_module.hparams)
     lora = settings.get("train") == "lora"
     stage = type(pl_module).__name__
-    base, prompt = settings.get("pipeline", "unknown"), PROMPTS[-1]
+    base, prompt = settings.get("pipeline", "unknown"), vocabulary.prompts[-1]
     adapters = lora and stage != "StableDiffusion"
-    licence = VOCABULARY.licence or "not stated: ask who gave you the data"
+    licence = vocabulary.licence or "not stated: ask who gave you the data"
     return CARD.format(
-        licence_line=f"license: {VOCABULARY.licence.lower()}\n" if VOCABULARY.licence else "",
+        licence_line=f"license: {vocabulary.licence.lower()}\n" if vocabulary.licence else "",
         base=base,
         kind="lora" if adapters else "fine-tuned",
-        title=f"{VOCABULARY.data or 'Images'}: {stage}",
+        title=f"{vocabulary.data or 'Images'}: {stage}",
         what=f"{'Adapters (LoRA) for' if adapters else 'A pipeline of'} Stable Diffusion",
         trained_by=stage,
-        data=VOCABULARY.data or "not stated",
+        data=vocabulary.data or "not stated",
         licence=licence,
-        prompts=len(PROMPTS),
+        prompts=len(vocabulary.prompts),
         prompt=prompt,
         use=(USE_LORA if adapters else USE_PIPELINE).format(base=base, prompt=prompt),
         scores=_scores(results),

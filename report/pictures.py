@@ -6,11 +6,10 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, WORDS, short_name
 from rl4med_ddpo.datamodules.image_files import ImageFiles
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
-from rl4med_ddpo.metrics.alignment import TABLE_2, exact, prompt_numbers, readings
+from rl4med_ddpo.metrics.alignment import exact, prompt_numbers, readings, table_2_conditions
 from rl4med_ddpo.report.runs import MODELS, Missing, Runs
 from rl4med_ddpo.report.sheet import Panel, save_png, sheet
 from rl4med_ddpo.report.tables import counts_of
@@ -22,8 +21,7 @@ MOST_ROWS = 12
 
 def same_seed_figure(runs: Runs, path: Path) -> None:
     """Draw Figure 1: the same prompt and noise, SD beside SD+RL."""
-    names = [name for name in ("MEL+hair", "NV+hair", "MEL+ink", "NV+ruler") if name in TABLE_2]
-    numbers = [_number(name) for name in names or list(TABLE_2)[:4]]
+    numbers = _numbers(runs, ("MEL+hair", "NV+hair", "MEL+ink", "NV+ruler"))
     _side_by_side(runs, numbers, path, "Same prompt, same noise: the first samples of each prompt")
 
 
@@ -43,13 +41,12 @@ def few_real_figure(runs: Runs, path: Path) -> None:
 def prompt_figure(runs: Runs, path: Path) -> None:
     """Draw Figure 3: real test images of a prompt beside SD's and SD+RL's."""
     data = _real_data(runs)
-    names = [n for n in ("NV+gel_bubble", "MEL+hair", "MEL+ruler", "NV+ink") if n in TABLE_2]
-    numbers = [_number(name) for name in names or list(TABLE_2)[:4]]
+    numbers = _numbers(runs, ("NV+gel_bubble", "MEL+hair", "MEL+ruler", "NV+ink"))
     samples = {model: _Samples(runs, model) for model in MODELS}
     size = samples["SD"].files.size
     test = data.splits.test.sort_values("id", ignore_index=True)
     real = ImageFiles(data.paths(test), size, data.resize)
-    of_prompt = prompt_numbers(test)
+    of_prompt = prompt_numbers(test, runs.vocabulary)
     cells = [
         [
             Panel([real[row] for row in (of_prompt == number).nonzero()[0][:SHOWN]]),
@@ -57,7 +54,7 @@ def prompt_figure(runs: Runs, path: Path) -> None:
         ]
         for number in numbers
     ]
-    labels = [_title(number) for number in numbers]
+    labels = [_title(runs, number) for number in numbers]
     headings = ("Real (test split)", *MODELS)
     save_png(sheet(cells, labels, headings, "The first images of a prompt"), path)
 
@@ -73,8 +70,10 @@ class _Samples:
             raise Missing(f"from the images in {folder}, which are gone: run.py predict draws them")
         with Image.open(paths[0]) as image:
             self.files = ImageFiles(paths, image.width)
-        self.prompts = prompt_numbers(self.manifest)
-        self.hits = exact(self.manifest, readings(self.manifest, "judge"))
+        self.prompts = prompt_numbers(self.manifest, runs.vocabulary)
+        self.hits = exact(
+            self.manifest, readings(self.manifest, "judge", runs.vocabulary), runs.vocabulary
+        )
 
     def rows(self, number: int) -> list[int]:
         """Return the first rows of a prompt, by sample index."""
@@ -100,18 +99,20 @@ def _side_by_side(
     for i, number in enumerate(numbers):
         right = ", ".join(f"{model} {samples[model].right(number)}" for model in MODELS)
         remark = f"  ({remarks[i]})" if remarks else ""
-        labels.append(f"{_title(number)}{remark}  as asked, by the judge: {right}")
+        labels.append(f"{_title(runs, number)}{remark}  as asked, by the judge: {right}")
     save_png(sheet(cells, labels, MODELS, title), path)
 
 
-def _number(name: str) -> int:
-    return [short_name(c) for c in CONDITIONS].index(name)
+def _numbers(runs: Runs, preferred: tuple[str, ...]) -> list[int]:
+    """Number four prompts for exactly one artifact: the preferred ones, where there are such."""
+    known = list(table_2_conditions(runs.vocabulary))
+    names = [name for name in preferred if name in known] or known[:4]
+    return [runs.vocabulary.names.index(name) for name in names]
 
 
-def _title(number: int) -> str:
-    return " + ".join(
-        WORDS[a].partition(" (")[0] for a in short_name(CONDITIONS[number]).split("+")
-    )
+def _title(runs: Runs, number: int) -> str:
+    name, known = runs.vocabulary.names[number], runs.vocabulary.words
+    return " + ".join(runs.vocabulary.word(a) if a in known else a for a in name.split("+"))
 
 
 def _real_data(runs: Runs) -> ISICDataModule:
@@ -121,5 +122,5 @@ def _real_data(runs: Runs) -> ISICDataModule:
     if known is None or not Path(known["root"]).is_dir():
         raise Missing("from real images: score with --data.root FOLDER")
     same = ("root", "artifacts_csv", "threshold", "split", "split_seed", "resize")
-    options = {name: known[name] for name in same}
+    options = {name: known[name] for name in same} | {"vocabulary": runs.vocabulary}
     return ISICDataModule(**options, images=known["images_folder"])

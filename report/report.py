@@ -110,10 +110,11 @@ def _write_figures(runs: Runs, output: Path) -> list[str]:
 
 
 def _matrices(runs: Runs, path: Path) -> None:
-    matrices = {model: leakage(runs.manifest(model)) for model in MODELS}
+    vocabulary = runs.vocabulary
+    matrices = {model: leakage(runs.manifest(model), vocabulary) for model in MODELS}
     for model, matrix in matrices.items():
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
-    leakage_figure(matrices, path)
+    leakage_figure(matrices, path, vocabulary)
 
 
 def _write_manifest(runs: Runs, output: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.report.results import METRICS, RESULTS
 
@@ -40,6 +41,16 @@ class Runs:
     arms: dict[str, dict[int, pd.DataFrame]] = field(default_factory=dict)
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The attributes and prompts of all runs; results of before 0.2 are of dermoscopy."""
+        known = (
+            results.get("vocabulary")
+            for results in (*self.samples.values(), *self.classifiers.values())
+        )
+        given = next(filter(None, known), None)
+        return Vocabulary(**given) if given else DERMOSCOPY
 
     def samples_folder(self, model: str) -> Path:
         """Find a model's samples: in its run folder, which may have moved, or where they were."""

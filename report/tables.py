@@ -5,9 +5,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, WORDS, short_name
-from rl4med_ddpo.datamodules.describe import PAPER_REAL_SAMPLES, PAPER_TABLE_1, TABLE_ORDER
-from rl4med_ddpo.metrics.alignment import TABLE_2, prompt_numbers
+from rl4med_ddpo.datamodules.describe import (
+    PAPER_REAL_SAMPLES,
+    PAPER_TABLE_1,
+    is_papers,
+    table_order,
+)
+from rl4med_ddpo.metrics.alignment import prompt_numbers, table_2_conditions
 from rl4med_ddpo.metrics.augmentation import table_4
 from rl4med_ddpo.metrics.intervals import mcnemar
 from rl4med_ddpo.metrics.real_images import FEW
@@ -61,13 +65,13 @@ def counts_of(runs: Runs) -> dict[str, Any]:
 
 def split_table(runs: Runs) -> Table:
     """Lay out Table 1: what the splits hold."""
-    counts = counts_of(runs)["table_1"]
+    counts, order = counts_of(runs)["table_1"], table_order(runs.vocabulary)
     rows = []
     for name, count in counts.items():
-        rows.append({"split": name, **{c: f"{count[c]:,}" for c in ("images", *TABLE_ORDER)}})
-        if name in PAPER_TABLE_1:
+        rows.append({"split": name, **{c: f"{count[c]:,}" for c in ("images", *order)}})
+        if name in PAPER_TABLE_1 and is_papers(runs.vocabulary):
             known = (sum(PAPER_TABLE_1[name][:2]), *PAPER_TABLE_1[name])
-            columns = dict(zip(("images", *TABLE_ORDER), (f"{n:,}" for n in known), strict=False))
+            columns = dict(zip(("images", *order), (f"{n:,}" for n in known), strict=False))
             rows.append({"split": f"{name}, paper", **columns})
     data = next(r["provenance"]["data"] for r in runs.samples.values() if "counts" in r)
     note = (
@@ -79,26 +83,26 @@ def split_table(runs: Runs) -> Table:
 def apr_table(runs: Runs) -> Table:
     """Lay out Table 2: APR of the prompts that ask for one artifact, ours beside the paper's."""
     require_models(runs)
-    rows = []
+    rows, vocabulary = [], runs.vocabulary
+    columns = table_2_conditions(vocabulary)
     samples = next(
         (r["counts"]["real_samples"] for r in runs.samples.values() if "counts" in r), {}
     )
     real = {f"{d}+{a}": n for d, row in samples.items() for a, n in row.items()}
-    rows.append({"": "# real samples", **{c: str(real.get(c, "-")) for c in TABLE_2}})
+    rows.append({"": "# real samples", **{c: str(real.get(c, "-")) for c in columns}})
     known = {f"{d}+{a}": n for d, row in PAPER_REAL_SAMPLES.items()
              for a, n in zip(("hair", "gel_bubble", "ink", "ruler"), row, strict=True)}  # fmt: skip
-    rows.append({"": "# real samples, paper", **{c: str(known.get(c, "-")) for c in TABLE_2}})
+    rows.append({"": "# real samples, paper", **{c: str(known.get(c, "-")) for c in columns}})
     for model in MODELS:
         entries = runs.samples[model]["table_2"]
-        rows.append({"": f"{model}, APR %", **{c: percent(entries[c]) for c in TABLE_2}})
+        rows.append({"": f"{model}, APR %", **{c: percent(entries[c]) for c in columns}})
         theirs = paper.TABLE_2[model]
-        rows.append({"": f"{model}, paper", **{c: f"{theirs.get(c, '-')}" for c in TABLE_2}})
+        rows.append({"": f"{model}, paper", **{c: f"{theirs.get(c, '-')}" for c in columns}})
     both = paired_hits(runs)
-    asked = prompt_numbers(runs.manifest("SD"))
-    keys = [tuple(int(on) for on in c) for c in CONDITIONS.tolist()]
-    gains = {c: gain(both, asked == keys.index(key)) for c, key in TABLE_2.items()}
+    asked = prompt_numbers(runs.manifest("SD"), vocabulary)
+    gains = {c: gain(both, asked == vocabulary.keys.index(key)) for c, key in columns.items()}
     rows.append({"": "SD+RL - SD, points", **gains})
-    n = runs.samples["SD"]["table_2"][next(iter(TABLE_2))]["n"]
+    n = runs.samples["SD"]["table_2"][next(iter(columns))]["n"]
     notes = [
         f"n = {n} images a prompt, the same noise for both models; 95% Wilson intervals, paired "
         "differences with Newcombe's; 'no evidence' where the interval holds 0.",
@@ -144,7 +148,7 @@ def augmentation_table(runs: Runs) -> Table:
         for arm, title in ARMS.items():
             of_arm = scores[(scores["attribute"] == attribute) & (scores["arm"] == arm)]
             cells = {row["score"]: row for row in of_arm.to_dict("records")}
-            row = {"attribute": WORDS[attribute], "training": title}
+            row = {"attribute": runs.vocabulary.words[attribute], "training": title}
             for score, name in (("f1", "F1"), ("accuracy", "accuracy %"), ("auroc", "AUROC")):
                 row[name] = score_cell(cells[score], 100 if score == "accuracy" else 1)
                 row[f"{name.split()[0]} vs real"] = gain_cell(cells[score])
@@ -164,18 +168,17 @@ def augmentation_scores(runs: Runs) -> pd.DataFrame:
     """Return every score of Table 4 with its interval and comparison, as numbers."""
     order = {arm: runs.arms[arm] for arm in ARMS if arm in runs.arms}
     first = next(iter(next(iter(order.values())).values()))
-    return table_4(order, [a for a in WORDS if f"p_{a}" in first])
+    return table_4(order, [a for a in runs.vocabulary.words if f"p_{a}" in first])
 
 
 def subgroup_table(runs: Runs) -> Table:
     """List all 32 subgroups: real images, what the judge makes of them, and both models' APR."""
     require_models(runs)
-    hits, asked = paired_hits(runs), prompt_numbers(runs.manifest("SD"))
+    hits, asked = paired_hits(runs), prompt_numbers(runs.manifest("SD"), runs.vocabulary)
     results = runs.samples["SD"]
     counts = counts_of(runs)["subgroups"]
     rows = []
-    for i, condition in enumerate(CONDITIONS):
-        name = short_name(condition)
+    for i, name in enumerate(runs.vocabulary.names):
         real = results["real"]["prompts"][name]
         row = {"subgroup": name, "train": str(counts["train"][i]), "test": str(real["n"])}
         flag = f" ({real['flag']})" if real.get("flag") and real["n"] else ""

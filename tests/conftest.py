@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rl4med_ddpo.base_pipeline.build import build_pipeline
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES
 from support.tiny import fitted
 
 # tiny networks: a second thread costs more than it computes, here and in subprocesses

@@ -13,9 +13,9 @@ import pytest
 from lightning import seed_everything
 
 from rl4med_ddpo.base_pipeline.full_size import build_full_size
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from support.command_line import ROOT
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES
 from support.tiny import fitted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

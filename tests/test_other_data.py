@@ -1,52 +1,49 @@
 """Chest X-rays with four findings, by configuration alone."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from rl4med_ddpo.datamodules.attributes import _chosen
-from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, read_vocabulary
+from rl4med_ddpo.command_line import main
+from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
-from support.command_line import ROOT
 
-ATTRIBUTES = ROOT / "configs" / "chest_xray" / "attributes.yaml"
+OVERLAY = "--config=chest_xray/vocabulary.yaml"
 FINDINGS = ("effusion", "cardiomegaly", "pneumothorax", "device")
 
-STAGES = """
-import sys
-import rl4med_ddpo.command_line
-root, out, pipeline = sys.argv[1:]
-data = [f"--data.root={root}", f"--data.table={root}/labels.csv", "--data.images=xrays",
-        "--data.split=lesion", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0"]
-quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-         "--trainer.enable_model_summary=false", "--trainer.logger=false"]
-short = [*quiet, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-findings = "--model.attributes=[effusion, cardiomegaly, pneumothorax, device]"
-run.main(["describe", "--config=classifier.yaml", findings, *data])
-for name, backbone in (("classifier", "test_efficientnet"), ("judge", "test_resnet")):
-    run.main(["fit", f"--config={name}.yaml", *data, *short, findings,
-              f"--data.copies={out}/copies",
-              f"--model.backbone={backbone}", "--model.pretrained=false",
-              "--model.image_size=32", f"--trainer.default_root_dir={out}/{name}"])
-run.main(["fit", "--config=sd.yaml", *data, *short, f"--model.pipeline={pipeline}",
-          "--model.steps=2", "--trainer.precision=32-true", f"--trainer.default_root_dir={out}/sd"])
-ddpo = ["--config=ddpo.yaml", "--data.root=null", f"--model.pipeline={out}/sd/pipeline",
-        "--model.steps=2",
-        f"--model.judge={out}/judge/checkpoints/best.ckpt", "--model.clip_range=0.1",
-        f"--model.reward.classifier={out}/classifier/checkpoints/best.ckpt",
-        "--data.validation_samples_per_prompt=1", "--data.test_samples_per_prompt=2",
-        f"--trainer.default_root_dir={out}/ddpo"]
-run.main(["fit", *ddpo, *short, "--data.samples_per_epoch=32", "--model.updates=1",
-          "--trainer.check_val_every_n_epoch=1"])
-run.main(["test", *ddpo, *quiet])
-"""
+
+def run_every_stage(root, out, pipeline):
+    """Describe the data, train every stage for an epoch, and score the policy."""
+    data = [OVERLAY, f"--data.root={root}", f"--data.table={root}/labels.csv",
+            "--data.images=xrays", "--data.split=lesion", "--data.size=16", "--data.batch_size=8",
+            "--data.num_workers=0"]  # fmt: skip
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+             "--trainer.enable_model_summary=false", "--trainer.logger=false"]  # fmt: skip
+    short = [*quiet, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    main(["describe", "--config=classifier.yaml", *data, "--model.attributes=null"])
+    for name, backbone in (("classifier", "test_efficientnet"), ("judge", "test_resnet")):
+        main(["fit", f"--config={name}.yaml", *data, *short, "--model.attributes=null",
+              f"--data.copies={out}/copies", f"--model.backbone={backbone}",
+              "--model.pretrained=false", "--model.image_size=32",
+              f"--trainer.default_root_dir={out}/{name}"])  # fmt: skip
+    main(["fit", "--config=sd.yaml", *data, *short, f"--model.pipeline={pipeline}",
+          "--model.steps=2", "--trainer.precision=32-true",
+          f"--trainer.default_root_dir={out}/sd"])  # fmt: skip
+    ddpo = ["--config=ddpo.yaml", OVERLAY, "--data.root=null",
+            f"--model.pipeline={out}/sd/pipeline", "--model.steps=2",
+            f"--model.judge={out}/judge/checkpoints/best.ckpt", "--model.clip_range=0.1",
+            f"--model.reward.classifier={out}/classifier/checkpoints/best.ckpt",
+            "--data.validation_samples_per_prompt=1", "--data.test_samples_per_prompt=2",
+            f"--trainer.default_root_dir={out}/ddpo"]  # fmt: skip
+    main(["fit", *ddpo, *short, "--data.samples_per_epoch=32", "--model.updates=1",
+          "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
+    main(["test", *ddpo, *quiet])
+    return ddpo
 
 
 @pytest.fixture
@@ -66,22 +63,19 @@ def xrays(tmp_path):
     return root
 
 
-def test_every_stage_takes_another_vocabulary_and_table(xrays, tiny_pipeline, tmp_path):
+def test_every_stage_takes_another_vocabulary_and_table(
+    xrays, tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "runs"
-    done = subprocess.run(
-        [sys.executable, "-c", STAGES, str(xrays), str(out), tiny_pipeline],
-        cwd=tmp_path,
-        env=os.environ | {"ATTRIBUTES": str(ATTRIBUTES), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "effusion + cardiomegaly + pneumothorax + device" in done.stdout
-    assert "The 16 subgroups" in done.stdout
+    ddpo = run_every_stage(xrays, out, tiny_pipeline)
+    said = capsys.readouterr().out
+    assert "effusion + cardiomegaly + pneumothorax + device" in said
+    assert "The 16 subgroups" in said
     checkpoint = torch.load(out / "classifier" / "checkpoints" / "best.ckpt", weights_only=True)
-    assert tuple(checkpoint["hyper_parameters"]["attributes"]) == FINDINGS
+    assert tuple(checkpoint["hyper_parameters"]["vocabulary"]["any_of"]) == FINDINGS
+    saved = yaml.safe_load((out / "ddpo" / "config_fit.yaml").read_text())
+    assert tuple(saved["data"]["init_args"]["vocabulary"]["any_of"]) == FINDINGS
     scores = json.loads((out / "ddpo" / "results" / "metrics.json").read_text())
     assert scores["n"] == 32
     asked = [row["prompt"] for row in scores["prompts"].values()]
@@ -92,21 +86,20 @@ def test_every_stage_takes_another_vocabulary_and_table(xrays, tiny_pipeline, tm
     assert "**Data:** a collection of chest X-rays" in card
     assert "CC-BY" not in card
     assert f"| apr | {scores['apr']:.4g}" in card
-
-
-def test_the_shipped_example_and_the_default_are_sound(tmp_path):
-    assert read_vocabulary(ATTRIBUTES).any_of == FINDINGS
-    # the default, written down and read back, is itself
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(DERMOSCOPY).items()}
-    (tmp_path / "same.yaml").write_text(json.dumps(fields))
-    assert read_vocabulary(tmp_path / "same.yaml") == DERMOSCOPY
+    # other words are other prompts: the run does not go on with them without consent
+    words = "--data.vocabulary.words.device=a pacemaker"
+    with pytest.raises(UserError, match=r"data\.vocabulary\.words\.device: a support device -> a"):
+        main(["fit", *ddpo, words, "--trainer.max_epochs=2", "--data.samples_per_epoch=32",
+              "--model.updates=1", "--trainer.limit_train_batches=2"])  # fmt: skip
+    # nor does a reward that reads dermoscopy judge chest X-rays
+    with pytest.raises(UserError, match=r"others read\n.*hair, gel_bubble"):
+        main(["test", *ddpo, f"--model.reward.classifier={tiny_classifiers['reward']}"])
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"any_of": []}, "needs any_of"),
-        ({"colour": "blue"}, "allowed are any_of, one_of"),
+        ({"any_of": []}, "needs at least one"),
         ({"any_of": ["a", "a"]}, "must differ"),
         ({"any_of": ["a b"]}, "letters, digits and underscores"),
         ({"one_of": ["x"]}, "none or at least two"),
@@ -117,21 +110,17 @@ def test_the_shipped_example_and_the_default_are_sound(tmp_path):
         ({"template": "broken {any_of"}, "template must have"),
     ],
 )
-def test_a_set_of_which_no_prompts_can_be_made(tmp_path, change, says):
+def test_a_vocabulary_of_which_no_prompts_can_be_made(change, says):
     good = {
         "any_of": ["a", "b"], "words": {"a": "an a", "b": "a b"},
         "template": "with {any_of}", "template_for_none": "with none",
     }  # fmt: skip
-    (tmp_path / "set.yaml").write_text(json.dumps(good))
-    assert read_vocabulary(tmp_path / "set.yaml").one_of == ()
-    (tmp_path / "set.yaml").write_text(json.dumps(good | change))
+    assert Vocabulary(**good).prompts == ("with none", "with an a", "with a b", "with an a, a b")
     with pytest.raises(UserError, match=says):
-        read_vocabulary(tmp_path / "set.yaml")
+        Vocabulary(**{**good, **change})
 
 
-def test_a_set_that_is_not_there_is_an_error_without_traceback(monkeypatch, capsys):
-    monkeypatch.setenv("ATTRIBUTES", "gone.yaml")
-    with pytest.raises(SystemExit) as end:
-        _chosen()
-    assert end.value.code == 2
-    assert "error: cannot read the attributes gone.yaml" in capsys.readouterr().err
+def test_the_former_variable_is_refused_with_what_replaced_it(monkeypatch):
+    monkeypatch.setenv("ATTRIBUTES", "configs/chest_xray/attributes.yaml")
+    with pytest.raises(UserError, match=r"data\.init_args\.vocabulary"):
+        main(["fit", "--config=classifier.yaml"])

@@ -20,7 +20,7 @@ class Rollout:
     Attributes:
         index: Global sample index, `(n,)` int64.
         prompts: n texts.
-        conditions: Multi-hot, `(n, 6)`.
+        conditions: Multi-hot, `(n, A)`.
         latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
         log_probs: log p of each action under the policy that took it, `(n, T)` float32.
         scored: What the images of x_0 earned; the images themselves are not kept.
@@ -63,7 +63,7 @@ def empty_rollout(
     Args:
         index: Global sample indices, `(n,)` int64.
         prompts: n texts.
-        conditions: Multi-hot, `(n, 6)`, on the device.
+        conditions: Multi-hot, `(n, A)`, on the device.
         shape: `(T + 1, C, h, w)` of a sample's latents.
         on_host: Keep the latents in the host's memory, pinned if the device is a GPU.
     """

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
@@ -16,17 +15,17 @@ def attribute_match(logits: Tensor, conditions: Tensor) -> Tensor:
     return (logits > 0) == conditions.bool()
 
 
-def attribute_weights(weights: dict[str, float]) -> list[float]:
+def attribute_weights(weights: dict[str, float], attributes: tuple[str, ...]) -> list[float]:
     """Return each attribute's weight, 1 where none is named.
 
     Raises:
         UserError: if a name is no attribute's, or a weight is negative, or all are 0.
     """
-    unknown = sorted(weights.keys() - set(ATTRIBUTES))
-    found = [float(weights.get(name, 1.0)) for name in ATTRIBUTES]
+    unknown = sorted(weights.keys() - set(attributes))
+    found = [float(weights.get(name, 1.0)) for name in attributes]
     if unknown or min(found) < 0 or not sum(found):
         raise UserError(
-            f"weights={weights}: name attributes among {', '.join(ATTRIBUTES)}, each with a weight "
+            f"weights={weights}: name attributes among {', '.join(attributes)}, each with a weight "
             "of at least 0 and not all 0"
         )
     return found
@@ -51,7 +50,8 @@ class AttributeMatch(Reward):
     ) -> None:
         super().__init__()
         self.classifier = classifier
-        self.weights = attribute_weights(weights) if weights else None
+        self.given = dict(weights or {})
+        self.weights: list[float] | None = None
 
     def needs(self) -> list[Need]:
         """Name the reward network's checkpoint."""
@@ -60,10 +60,12 @@ class AttributeMatch(Reward):
 
     def load(self) -> None:
         """Load the reward network, frozen and in float32."""
-        self.network = Frozen(load_classifier(self.classifier, attributes=ATTRIBUTES))
+        classifier = load_classifier(self.classifier, heads="all")
+        self.network, self.attributes = Frozen(classifier), classifier.attributes
+        self.weights = attribute_weights(self.given, self.attributes) if self.given else None
 
     def hits(self, logits: Tensor, conditions: Tensor) -> Tensor:
-        """Tell how far each attribute is as asked, `(B, 6)` in [0, 1]."""
+        """Tell how far each attribute is as asked, `(B, A)` in [0, 1]."""
         return attribute_match(logits, conditions).float()
 
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
@@ -71,12 +73,13 @@ class AttributeMatch(Reward):
         with torch.autocast(images.device.type, enabled=False):
             hits = self.hits(self.network(images.float()), conditions)
         if self.weights is None:
-            value, earned = hits.mean(dim=1), hits / len(ATTRIBUTES)
+            value, earned = hits.mean(dim=1), hits / hits.shape[1]
         else:
             earned = hits * torch.tensor(self.weights, device=hits.device) / sum(self.weights)
             value = earned.sum(dim=1)
         parts, terms = (
-            dict(zip(ATTRIBUTES, columns.unbind(dim=1), strict=True)) for columns in (hits, earned)
+            dict(zip(self.attributes, columns.unbind(dim=1), strict=True))
+            for columns in (hits, earned)
         )
         return Rewards(value, parts, terms)
 

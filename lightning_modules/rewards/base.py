@@ -54,6 +54,6 @@ class Reward(nn.Module):
 
         Args:
             images: `(B, 3, H, W)` in [0, 1].
-            conditions: What each image was asked to show, multi-hot `(B, 6)`.
+            conditions: What each image was asked to show, multi-hot `(B, A)`.
         """
         raise NotImplementedError

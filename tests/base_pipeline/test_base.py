@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from rl4med_ddpo.base_pipeline.acceptance import drawn_images, round_trip
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import signal_to_noise
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.dermoscopy import CONDITIONS, PROMPTS
 
 BASE = Path(__file__).parents[2] / "assets" / "base"
 STABLE_DIFFUSION = {

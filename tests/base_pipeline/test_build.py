@@ -12,8 +12,8 @@ from rl4med_ddpo.base_pipeline.linear_codec import (
     _principal_components,
     start_from_linear_codec,
 )
-from rl4med_ddpo.datamodules.attributes import CONDITIONS
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import signal_to_noise
+from support.dermoscopy import CONDITIONS
 
 SMALL = {"image_size": 32, "vae_channels": (16, 32, 48), "unet_channels": (16, 32)}
 

@@ -5,8 +5,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from benchmarks import tiny_pipeline
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.dermoscopy import PROMPTS
 
 
 def test_other_tools_read_the_same_tokens(tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rl4med_ddpo.callbacks import RewardHacking
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.lightning_modules import DDPO
 from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+from support.dermoscopy import PROMPTS
 from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 SEEDS = range(20)

@@ -13,14 +13,6 @@ from PIL import Image
 from rl4med_ddpo.callbacks.sample_folder import SETTINGS, SampleFolder
 from rl4med_ddpo.callbacks.sample_png import sample_id
 from rl4med_ddpo.command_line import main
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-    CONDITIONS,
-    PROMPTS,
-    condition_of,
-    short_name,
-)
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
@@ -32,6 +24,14 @@ from rl4med_ddpo.lightning_modules import Brightness
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.lora import ADAPTER, add_lora, save_lora
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.dermoscopy import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    PROMPTS,
+    condition_of,
+    short_name,
+)
 from support.sample_runs import (
     command,
     contents,

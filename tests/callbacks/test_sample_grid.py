@@ -6,8 +6,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rl4med_ddpo.callbacks import SampleGrid, sample_grid
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import PROMPTS
 from support.policies import Policy, RewardedPolicy, loader, trainer_of
 
 

@@ -3,8 +3,8 @@ import csv
 import pytest
 
 from rl4med_ddpo.datamodules.annotations import read_annotations
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES
 
 
 def read(path, delimiter=","):

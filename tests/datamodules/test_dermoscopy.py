@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from rl4med_ddpo.datamodules.annotations import read_annotations
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS, condition_of
 from rl4med_ddpo.datamodules.dermoscopy import CLASSES, PREVALENCE, DermoscopyFolder
 from rl4med_ddpo.datamodules.drawing import draw
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES, CONDITIONS, condition_of
 
 TABLES = (
     "ISIC_2019_Training_GroundTruth.csv",

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS, PROMPTS, short_name
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.datamodules.extra_images import ExtraImages
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.sample_tables import write_tables
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import ATTRIBUTES, CONDITIONS, PROMPTS, short_name
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules import images
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, prompt_of
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import ATTRIBUTES, prompt_of
 
 
 class Recorder(LightningModule):

@@ -6,7 +6,9 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from rl4med_ddpo.datamodules.attributes import (
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import (
     ATTRIBUTES,
     CONDITIONS,
     PROMPTS,
@@ -14,8 +16,6 @@ from rl4med_ddpo.datamodules.attributes import (
     prompt_id,
     prompt_of,
 )
-from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
-from rl4med_ddpo.foundation.errors import UserError
 
 HAIRY = prompt_of(condition_of("MEL", ("hair",)))
 INKY = prompt_of(condition_of("NV", ("ink",)))

@@ -2,10 +2,10 @@ import csv
 
 import pytest
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.sample_tables import write_tables
 from rl4med_ddpo.foundation.files import write_whole
+from support.dermoscopy import ATTRIBUTES, CONDITIONS
 
 
 def rows(n):

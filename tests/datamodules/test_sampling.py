@@ -4,9 +4,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from rl4med_ddpo.datamodules.annotations import read_annotations
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
 from rl4med_ddpo.datamodules.sampling import EpochSampler, inverse_frequency
 from rl4med_ddpo.datamodules.splits import make_splits
+from support.dermoscopy import ATTRIBUTES
 
 N = 21
 

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from rl4med_ddpo.datamodules.annotations import read_annotations
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
 from rl4med_ddpo.datamodules.splits import make_splits
 from rl4med_ddpo.foundation.errors import UserError
+from support.dermoscopy import ATTRIBUTES
 
 
 @pytest.fixture(scope="module")

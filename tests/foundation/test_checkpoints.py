@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from packaging.version import Version
 
 from rl4med_ddpo.callbacks import Export
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint, require_known_classes
@@ -23,6 +22,7 @@ from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, load_unet
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from support.command_line import ROOT, ddpo, in_process
+from support.dermoscopy import ATTRIBUTES
 from support.tiny import quiet_trainer, tiny_ddpo
 
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from rl4med_ddpo.base_pipeline.acceptance import drawn_images
 from rl4med_ddpo.base_pipeline.build import build_pipeline
-from rl4med_ddpo.datamodules.attributes import CONDITIONS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
@@ -21,6 +20,7 @@ from rl4med_ddpo.lightning_modules.diffusion.reconstruction import (
     pixel_loss,
     signal_to_noise,
 )
+from support.dermoscopy import CONDITIONS
 
 SIZE = 32
 

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
 from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
 from support.attribute_images import AttributeImageData
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES
 
 TINY = {"backbone": "test_efficientnet", "pretrained": False, "image_size": 48}
 

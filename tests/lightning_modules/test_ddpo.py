@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributions import Normal, kl_divergence
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import keys
@@ -15,6 +14,7 @@ from rl4med_ddpo.lightning_modules import DDPO, Brightness
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import chosen_steps
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
+from support.dermoscopy import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
 from support.tiny import RecordedDDPO, distance, flat, prompts, quiet_trainer, state_of, tiny_ddpo
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs
+from support.dermoscopy import PROMPTS
 from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
 

@@ -4,7 +4,6 @@ from functools import partial
 import pytest
 import torch
 
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness, OnePassDDPO
 from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
@@ -12,6 +11,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
     SkippedUpdates,
     draw_again,
 )
+from support.dermoscopy import PROMPTS
 from support.tiny import RecordedDDPO, distance, prompts, quiet_trainer, state_of, tiny_ddpo
 
 

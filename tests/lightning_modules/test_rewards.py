@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, ATTRIBUTES, CONDITIONS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.rewards.attributes import (
     AttributeMatch,
@@ -14,6 +13,7 @@ from rl4med_ddpo.lightning_modules.rewards.attributes import (
 from rl4med_ddpo.lightning_modules.rewards.base import shares
 from rl4med_ddpo.lightning_modules.rewards.brightness import Brightness
 from rl4med_ddpo.lightning_modules.rewards.reward_sum import RewardSum
+from support.dermoscopy import ARTIFACTS, ATTRIBUTES, CONDITIONS
 
 
 class Reader(nn.Module):

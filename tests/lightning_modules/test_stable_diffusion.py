@@ -6,11 +6,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from rl4med_ddpo.callbacks import Export
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import generator, key
 from rl4med_ddpo.lightning_modules import StableDiffusion
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.dermoscopy import PROMPTS
 from support.fine_tuning import SGD, Captioned, adamw, fit, images_of, module, unet_of
 from support.tiny import distance, flat, state_of
 

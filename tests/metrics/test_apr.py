@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from rl4med_ddpo.datamodules.attributes import ATTRIBUTES, CONDITIONS
 from rl4med_ddpo.metrics.apr import ArtifactPrevalenceRate
+from support.dermoscopy import ATTRIBUTES, CONDITIONS
 
 
 def draws(n, heads, seed=0):

@@ -2,9 +2,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rl4med_ddpo.datamodules.attributes import ARTIFACTS, CONDITIONS
 from rl4med_ddpo.metrics.apr import ArtifactPrevalenceRate
 from rl4med_ddpo.metrics.attribute_scores import AttributeScores
+from support.dermoscopy import ARTIFACTS, CONDITIONS
 
 
 def images():

@@ -9,13 +9,6 @@ import pytest
 from PIL import Image
 
 from rl4med_ddpo.command_line import main
-from rl4med_ddpo.datamodules.attributes import (
-    ARTIFACTS,
-    ATTRIBUTES,
-    CONDITIONS,
-    PROMPTS,
-    short_name,
-)
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
@@ -24,6 +17,13 @@ from rl4med_ddpo.metrics.alignment import alignment, exact, leakage, readings
 from rl4med_ddpo.metrics.augmentation import table_4
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.report import markdown
+from support.dermoscopy import (
+    ARTIFACTS,
+    ATTRIBUTES,
+    CONDITIONS,
+    PROMPTS,
+    short_name,
+)
 
 N = 3
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
+from support.dermoscopy import CONDITIONS, PROMPTS
 
 CELL = 8
 

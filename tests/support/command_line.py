@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rl4med_ddpo.command_line import main
-from rl4med_ddpo.datamodules.attributes import PROMPTS
+from support.dermoscopy import PROMPTS
 
 ROOT = Path(__file__).parents[2]
 

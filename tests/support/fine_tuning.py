@@ -6,10 +6,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.lightning_modules import StableDiffusion
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
+from support.dermoscopy import CONDITIONS, PROMPTS
 from support.tiny import quiet_trainer
 
 # AdamW would turn the last digit of a gradient near zero into a step

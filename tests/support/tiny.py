@@ -6,9 +6,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from rl4med_ddpo.datamodules.attributes import CONDITIONS, PROMPTS
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMatch
+from support.dermoscopy import CONDITIONS, PROMPTS
 
 
 class RecordedDDPO(DDPO):

@@ -9,13 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rl4med_ddpo.callbacks import RewardPlateau, SampleGrid
 from rl4med_ddpo.command_line import Trainer
-from rl4med_ddpo.datamodules.attributes import PROMPTS
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import Room
 from rl4med_ddpo.fault_tolerance.tensorboard_resume import Curves
 from rl4med_ddpo.lightning_modules import DDPO
+from support.dermoscopy import PROMPTS
 from support.tiny import prompts, tiny_ddpo
 
 EPOCHS = 3
