@@ -99,7 +99,8 @@ class ISICPromptDataModule(ISICDataModule):
         if self.draws_from_train and root is None:
             raise UserError("prompts=train takes the prompts of the training images: give root.")
         everyone = self.vocabulary.prompts
-        chosen = everyone if isinstance(prompts, str) else prompts
+        given = [prompts] if isinstance(prompts, str) else prompts
+        chosen = everyone if prompts in ("balanced", "train") else given
         self.rows = _rows_of(chosen, self.vocabulary)
         least = {
             "samples_per_epoch": (samples_per_epoch, 1),

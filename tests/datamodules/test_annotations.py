@@ -128,7 +128,7 @@ def test_both_diseases(folder):
 
 def test_no_melanoma_and_no_nevus(folder):
     folder.truth.write_text("image,MEL,NV\nISIC_0000000,0.0,0.0\n")
-    check(folder, str(folder.truth), "empty of melanomas")
+    check(folder, str(folder.truth), "empty of MEL and NV")
 
 
 def test_duplicate_id_across_the_suffix(folder):

@@ -8,6 +8,7 @@ from rl4med_ddpo.datamodules.annotations import read_annotations
 from rl4med_ddpo.datamodules.describe import describe, leaks, real_samples, subgroups, table_1
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.splits import make_splits
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def official(annotations_folder):
 
 
 def test_table_1(official):
-    counts = table_1(official.splits)
+    counts = table_1(official.splits, DERMOSCOPY)
     assert counts.columns.tolist() == ["images", "MEL", "NV", "hair", "gel_bubble", "ink", "ruler"]
     assert counts.loc["train"].tolist() == [12_004, 2750, 9254, 4514, 1300, 201, 1608]
     assert counts.loc["val"].tolist() == [2_119, 454, 1665, 802, 228, 34, 308]
@@ -24,7 +25,7 @@ def test_table_1(official):
 
 
 def test_subgroups_equal_a_recount_of_the_authors_files(official, annotations_folder):
-    counts = subgroups(official.splits)
+    counts = subgroups(official.splits, DERMOSCOPY)
     assert len(counts) == 32
     for name in counts.columns:
         recount = Counter()
@@ -43,7 +44,7 @@ def test_subgroups_equal_a_recount_of_the_authors_files(official, annotations_fo
 
 
 def test_real_samples(official):
-    counts = real_samples(official.splits.train)
+    counts = real_samples(official.splits.train, DERMOSCOPY)
     assert counts.columns.tolist() == ["hair", "gel_bubble", "ink", "ruler"]
     assert counts.loc["MEL"].tolist() == [543, 260, 4, 440]
     assert counts.loc["NV"].tolist() == [3051, 489, 21, 520]
@@ -108,17 +109,17 @@ def test_a_planted_leak_is_named(folder, tmp_path):
     annotations = read_annotations(folder.root)
     splits = make_splits(annotations.frame, str(tmp_path))
     assert leaks(splits).to_dict("index") == {"HAM_0000001": {"train": 1, "val": 0, "test": 2}}
-    text = describe(annotations, splits, "> 0.9", "given")
+    text = describe(annotations, splits, "> 0.9", "given", DERMOSCOPY)
     assert "such as HAM_0000001 (train 1, val 0, test 2)" in text
     assert "share a lesion with train: 2 of 2" in text
 
 
 def test_real_folder_has_the_counts_of_its_readme(real_folder):
     module = ISICDataModule(str(real_folder), split=str(real_folder / "splits"))
-    counts = table_1(module.splits)
+    counts = table_1(module.splits, DERMOSCOPY)
     assert counts.loc["train"].tolist() == [887, 370, 517, 303, 209, 154, 304]
     assert counts.loc["val"].tolist() == [140, 48, 92, 45, 33, 24, 49]
     assert counts.loc["test"].tolist() == [173, 72, 101, 59, 36, 29, 56]
-    alone = real_samples(pd.concat(module.splits))
+    alone = real_samples(pd.concat(module.splits), DERMOSCOPY)
     assert alone.loc["MEL"].tolist() == [80, 52, 5, 82]
     assert alone.loc["NV"].tolist() == [155, 99, 20, 97]

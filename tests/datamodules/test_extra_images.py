@@ -12,6 +12,7 @@ from rl4med_ddpo.datamodules.extra_images import ExtraImages
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.sample_tables import write_tables
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
 from support.dermoscopy import ATTRIBUTES, CONDITIONS, PROMPTS, short_name
 
@@ -34,7 +35,7 @@ def samples(tmp_path_factory):
         name = f"{short_name(condition).replace('+', '_')}_{index:06d}"
         rows.append({"id": name, **dict(zip(ATTRIBUTES, condition.int().tolist(), strict=True))})
         Image.new("RGB", (16, 16), (index, 0, 255)).save(root / INPUT / f"{name}.png")
-    write_tables(root, rows)
+    write_tables(root, rows, DERMOSCOPY)
     return str(root)
 
 

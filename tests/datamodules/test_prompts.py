@@ -13,8 +13,8 @@ from support.dermoscopy import (
     CONDITIONS,
     PROMPTS,
     condition_of,
-    prompt_id,
     prompt_of,
+    short_name,
 )
 
 HAIRY = prompt_of(condition_of("MEL", ("hair",)))
@@ -63,12 +63,15 @@ def trainer(tmp_path, max_epochs, **kwargs):
 
 
 def check(batch):
-    assert set(batch) == {"prompt", "condition", "index"}
+    assert set(batch) == {"prompt", "name", "prompt_id", "condition", "index"}
     assert batch["condition"].dtype == torch.float32
     assert batch["index"].dtype == torch.int64
-    assert len(batch["prompt"]) == len(batch["condition"]) == len(batch["index"])
-    for prompt, condition in zip(batch["prompt"], batch["condition"], strict=True):
-        assert torch.equal(CONDITIONS[prompt_id(prompt)], condition)
+    rows = zip(*(batch[k] for k in ("prompt", "name", "prompt_id", "condition")), strict=True)
+    for prompt, name, number, condition in rows:
+        assert number == PROMPTS.index(prompt)
+        assert torch.equal(CONDITIONS[number], condition)
+        assert name == short_name(condition)
+    assert len(batch["index"]) == len(batch["prompt"])
 
 
 def test_balanced_epoch_is_one_batch(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.sample_tables import write_tables
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.files import write_whole
 from support.dermoscopy import ATTRIBUTES, CONDITIONS
 
@@ -16,7 +17,7 @@ def rows(n):
 
 
 def test_the_tables_have_the_official_columns_and_line_endings(tmp_path):
-    write_tables(tmp_path, rows(32))
+    write_tables(tmp_path, rows(32), DERMOSCOPY)
     truth = (tmp_path / "ISIC_2019_Training_GroundTruth.csv").read_bytes()
     assert truth.startswith(b"image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK\r\n")
     assert truth.count(b"\r\n") == truth.count(b"\n") == 33
@@ -27,7 +28,7 @@ def test_the_tables_have_the_official_columns_and_line_endings(tmp_path):
 
 
 def test_the_tables_say_what_was_asked_for(tmp_path):
-    write_tables(tmp_path, rows(32))
+    write_tables(tmp_path, rows(32), DERMOSCOPY)
     frame = ISICDataModule(str(tmp_path)).annotations.frame
     assert frame["id"].tolist() == [row["id"] for row in rows(32)]
     assert frame[list(ATTRIBUTES)].to_numpy().tolist() == CONDITIONS.int().tolist()

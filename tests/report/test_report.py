@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from rl4med_ddpo.command_line import main
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.metrics.alignment import alignment, exact, leakage, readings
 from rl4med_ddpo.metrics.augmentation import table_4
@@ -61,14 +63,15 @@ def write_samples(run, model, table, data, **provenance):
     table.to_csv(folder / "manifest.csv", index=False)
     test = data.splits.test
     results = {
-        "kind": "samples", "model": model, **alignment(table),
+        "kind": "samples", "vocabulary": asdict(DERMOSCOPY), "model": model,
+        **alignment(table, DERMOSCOPY),
         "unavailable": {"fid": "no Inception weights here: fetch it"},
         "provenance": {
             "sampler": {"seed": 0, "digest of unet": model}, "samples": len(table),
             "samples_folder": str(folder), "data": data_provenance(data), "policy": model,
             "judge": {"sha256": "aa"}, **provenance,
         },
-        "real": real_rates(test, test[list(ARTIFACTS)].to_numpy() == 1),
+        "real": real_rates(test, DERMOSCOPY, test[list(ARTIFACTS)].to_numpy() == 1),
         "counts": data_counts(data),
     }  # fmt: skip
     write_json(run / "results" / "metrics.json", results)
@@ -132,7 +135,7 @@ def test_the_tables_hold_our_numbers_beside_the_papers(runs):
             ("table_1", "table_2", "table_3", "subgroups")}  # fmt: skip
     assert read["table_1"].loc["train, paper", "images"] == "12,004"
     shown = manifest(1, 0.97)
-    hits = exact(shown, readings(shown, "judge"))
+    hits = exact(shown, readings(shown, "judge", DERMOSCOPY), DERMOSCOPY)
     ink = hits[(shown["prompt"] == "a dermoscopic image with melanoma (MEL) showing ink")]
     assert read["table_2"].loc["SD+RL, APR %", "MEL+ink"].startswith(f"{100 * ink.mean():.1f} [")
     assert float(read["table_2"].loc["SD, paper", "MEL+ruler"]) == 76.56
@@ -203,7 +206,7 @@ def test_a_folder_without_results_says_what_to_run(tmp_path):
 
 def test_leakage_counts_what_the_networks_read():
     table = manifest(2, 0.7)
-    matrix = leakage(table)
+    matrix = leakage(table, DERMOSCOPY)
     assert matrix.shape == (32, 6)
     for name, condition, prompt in zip(matrix.index, CONDITIONS, PROMPTS, strict=True):
         rows = table[table["prompt"] == prompt]
