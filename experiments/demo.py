@@ -33,7 +33,7 @@ Stage = tuple[str, list[list[str]]]
 def stages(run: Path, seed: int) -> list[Stage]:
     """Name the stages and their commands, in order."""
     seeded = ["--seed_everything", str(seed)]
-    fit, test = ["run.py", "fit", "--config"], ["run.py", "test", "--config"]
+    fit, test = (["-m", "rl4med_ddpo", stage, "--config"] for stage in ("fit", "test"))
     draw = [
         "-m",
         "rl4med_ddpo.datamodules.dermoscopy",

@@ -1,10 +1,10 @@
 """What the course of a run depends on, and what of it has changed since a checkpoint."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rl4med_ddpo.foundation.class_names import with_current_names
+from rl4med_ddpo.foundation.files import located
 from rl4med_ddpo.foundation.hashes import sha256_of
 
 NEUTRAL = frozenset(
@@ -53,7 +53,7 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
         settings |= {k: v for k, v in _flat(part, config.get(part)) if not _is_neutral(k)}
     settings |= {f"trainer.{name}": trainer.get(name) for name in OF_THE_TRAINER}
     return settings | {
-        SHA256 + key: sha256_of(Path(value))
+        SHA256 + key: sha256_of(located(value))
         for key, value in settings.items()
         if key.startswith("model.") and isinstance(value, str) and _exists(value)
     }
@@ -94,6 +94,6 @@ def _is_neutral(key: str) -> bool:
 
 def _exists(value: str) -> bool:
     try:
-        return Path(value).exists()
+        return located(value).exists()
     except OSError:
         return False

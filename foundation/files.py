@@ -1,7 +1,20 @@
-"""Write files so that a crash at any moment leaves the old content or the new one."""
+"""Find files that ship with the package, and write files that a crash cannot tear."""
 
 import os
 from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def located(name: str | Path) -> Path:
+    """Return where a file or folder is: here, or in the package if it ships under this name.
+
+    Args:
+        name: A path. What ships is `assets/...`, such as the embedded pipeline `assets/base`.
+    """
+    path = Path(name)
+    is_shipped = path.parts[:1] == ("assets",) and not path.exists()
+    return PACKAGE / path if is_shipped else path
 
 
 def write_whole(path: Path, content: str | bytes, part: str = ".part") -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from rl4med_ddpo.foundation.errors import UserError, name_few
+from rl4med_ddpo.foundation.files import located
 from rl4med_ddpo.lightning_modules.pipelines.single_file import load_single_file
 from rl4med_ddpo.lightning_modules.pipelines.source import (
     LEFT_OUT,
@@ -47,10 +48,11 @@ def load_pipeline(source: str, unet: str | None = None) -> StableDiffusionPipeli
         UserError: if nothing is there, a component is missing, it is another kind of pipeline, or
             weights and configuration do not belong together.
     """
-    if Path(source).is_file() or source.endswith((".safetensors", ".ckpt")):
-        pipeline = load_single_file(Path(source))
+    path = located(source)
+    if path.is_file() or source.endswith((".safetensors", ".ckpt")):
+        pipeline = load_single_file(path)
     else:
-        pipeline = _from_folder(fetch_pipeline(source) if is_hub_id(source) else Path(source))
+        pipeline = _from_folder(fetch_pipeline(source) if is_hub_id(source) else path)
     if unet is not None:
         pipeline.register_modules(unet=load_unet(Path(unet)))
     _check_widths(pipeline, unet or source)

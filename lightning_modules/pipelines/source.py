@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.files import located
 from rl4med_ddpo.lightning_modules.pipelines.hub import from_cache_or_hub
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -28,7 +29,7 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 def is_hub_id(source: str) -> bool:
     """Tell whether a name can only be a hub id: `owner/name[@revision]`, and nothing here."""
     a_file = source.endswith((".safetensors", ".ckpt"))
-    return bool(_HUB_ID.fullmatch(source)) and not a_file and not Path(source).exists()
+    return bool(_HUB_ID.fullmatch(source)) and not a_file and not located(source).exists()
 
 
 def fetch_pipeline(source: str, networks: Iterable[str] = NETWORKS) -> Path:

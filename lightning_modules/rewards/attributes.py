@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
 from rl4med_ddpo.lightning_modules.prerequisites import Need
 from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
@@ -60,7 +60,14 @@ class AttributeMatch(Reward):
 
     def load(self) -> None:
         """Load the reward network, frozen and in float32."""
-        classifier = load_classifier(self.classifier, heads="all")
+        self.read_with(load_classifier(self.classifier, heads="all"))
+
+    def read_with(self, classifier: AttributeClassifier) -> None:
+        """Score with this network.
+
+        Raises:
+            UserError: if `weights` do not suit its attributes.
+        """
         self.network, self.attributes = Frozen(classifier), classifier.attributes
         self.weights = attribute_weights(self.given, self.attributes) if self.given else None
 

@@ -1,6 +1,7 @@
 import yaml
 
 from rl4med_ddpo.callbacks import Export
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.report.model_card import model_card
 from support.tiny import prompts, quiet_trainer, tiny_ddpo
 
@@ -22,7 +23,7 @@ def parts(card):
 
 def test_the_card_tells_data_licence_scores_and_limits(tiny_pipeline, tiny_classifiers):
     module = tiny_ddpo(tiny_pipeline, tiny_classifiers)
-    head, body = parts(model_card(module, RESULTS))
+    head, body = parts(model_card(module, DERMOSCOPY, RESULTS))
     assert head["license"] == "cc-by-nc-4.0"
     assert head["base_model"] == tiny_pipeline
     assert head["library_name"] == "diffusers"
@@ -35,7 +36,7 @@ def test_the_card_tells_data_licence_scores_and_limits(tiny_pipeline, tiny_class
         assert told in body
     assert "0.1235" not in body
     assert "987654" not in body
-    assert "None yet" in parts(model_card(module, None))[1]
+    assert "None yet" in parts(model_card(module, DERMOSCOPY, None))[1]
 
 
 def test_training_leaves_the_card_and_test_adds_the_scores(

@@ -103,7 +103,6 @@ def test_gradients_are_not_kept(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": ["a photo of a cat"]}, "a photo of a cat"),
         ({"every_n_epochs": 0}, "at least 1"),
         ({"samples_per_prompt": 0}, "at least 1"),
     ],
@@ -111,3 +110,10 @@ def test_gradients_are_not_kept(tmp_path):
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         SampleGrid(**settings)
+
+
+def test_a_prompt_that_the_data_do_not_have_is_refused_before_the_first_grid(tmp_path):
+    module, grid = Policy(), SampleGrid(prompts=["a photo of a cat"])
+    with pytest.raises(UserError, match="a photo of a cat"):
+        trainer_of(tmp_path, grid, max_epochs=1).fit(module, loader())
+    assert not module.asked

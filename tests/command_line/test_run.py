@@ -172,7 +172,7 @@ def tiny_options(name, pipeline, classifiers, isic):
 SHIPPED = [
     str(path.relative_to(CONFIGS))
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if path.stem != "attributes"
+    if path.stem != "vocabulary"
 ]
 
 

@@ -289,7 +289,7 @@ def test_the_reward_network_under_another_name_is_no_judge(
     whole["hyper_parameters"]["attributes"] = ATTRIBUTES[:4]
     judge = tmp_path / "judge.ckpt"
     torch.save(whole, judge)
-    load_classifier(judge, ATTRIBUTES[:4])
+    load_classifier(judge, heads="any_of")
     module = tiny_ddpo(tiny_pipeline, tiny_classifiers | {"judge": str(judge)})
     with pytest.raises(UserError, match="of its weights from the reward network") as error:
         module.configure_model()

@@ -21,7 +21,8 @@ class Reader(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits = torch.as_tensor(logits)
+        self.logits = nn.Parameter(torch.as_tensor(logits))
+        self.attributes = ATTRIBUTES
 
     def forward(self, images):
         return self.logits.expand(len(images), -1)
@@ -29,7 +30,7 @@ class Reader(nn.Module):
 
 def reward_of(logits, conditions, kind=AttributeMatch, **options):
     reward = kind(**options)
-    reward.network = Reader(logits)
+    reward.read_with(Reader(logits))
     return reward(torch.rand(len(conditions), 3, 8, 8), conditions)
 
 
@@ -124,7 +125,7 @@ def test_weighted_attributes(kind):
 @pytest.mark.parametrize("weights", [{"inc": 1.0}, {"ink": -1.0}, dict.fromkeys(ATTRIBUTES, 0.0)])
 def test_weights_of_no_attribute_or_of_none_are_refused(weights):
     with pytest.raises(UserError, match="name attributes among hair, gel_bubble"):
-        AttributeMatch(weights=weights)
+        reward_of(LOGITS, CONDITIONS, weights=weights)
 
 
 def test_a_sum_of_rewards_and_the_share_of_each(tiny_classifiers):
