@@ -95,6 +95,18 @@ class AttributeClassifier(L.LightningModule):
         data = getattr(self.trainer.datamodule, "vocabulary", self.vocabulary)
         require_same_attributes(data, {"the classifier": self.vocabulary})
 
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, **options: Any
+    ) -> "AttributeClassifier":
+        """Load as Lightning does, also checkpoints of before 0.2, which name their classes otherwise.
+
+        Raises:
+            UserError: if the file is missing, damaged, or names a class that is not loaded.
+        """
+        known = read_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
+        return super().load_from_checkpoint(checkpoint_path, weights_only=True, **known | options)
+
     def configure_model(self) -> None:
         """Build the network; pretrained weights are of use to `fit` alone."""
         if self.network is not None:

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
@@ -22,6 +23,23 @@ class TextToImage(L.LightningModule):
     """
 
     model: LatentDiffusion
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, weights_only: bool = True, **options: Any
+    ) -> "TextToImage":
+        """Load as Lightning does, also checkpoints of before 0.2, whose classes had other names.
+
+        Args:
+            checkpoint_path: What `fit` wrote.
+            weights_only: Always true; an argument because Lightning has it.
+            **options: As of Lightning: `map_location`, `strict`, and hyperparameters to replace.
+
+        Raises:
+            UserError: if the file is missing, damaged, or names a class that is not loaded.
+        """
+        known = read_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
+        return super().load_from_checkpoint(checkpoint_path, weights_only=True, **known | options)
 
     def configure_model(self) -> None:
         """Load the pipeline and take it apart; done once."""

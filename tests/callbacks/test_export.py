@@ -3,7 +3,8 @@ import yaml
 from rl4med_ddpo.callbacks import Export
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.report.model_card import model_card
-from support.tiny import prompts, quiet_trainer, tiny_ddpo
+from support.tiny import prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 RESULTS = {
     "kind": "samples",

@@ -14,7 +14,8 @@ from rl4med_ddpo.callbacks import RewardHacking
 from rl4med_ddpo.lightning_modules import DDPO
 from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
 from support.dermoscopy import PROMPTS
-from support.tiny import prompts, quiet_trainer, tiny_ddpo
+from support.tiny import prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 SEEDS = range(20)
 ROLLOUTS = 10

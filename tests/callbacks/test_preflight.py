@@ -6,7 +6,8 @@ import torch
 from rl4med_ddpo.callbacks.preflight import Preflight, seconds, seconds_of, table
 from rl4med_ddpo.lightning_modules import Brightness
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
-from support.tiny import RecordedDDPO, prompts, quiet_trainer, tiny_ddpo
+from support.tiny import RecordedDDPO, prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 PAPER = Epoch(
     samples=256, ranks=4, sample_batch=24, steps=50, trained_steps=40, micro_batch=12,

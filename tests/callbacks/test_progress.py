@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from rl4med_ddpo.callbacks import progress as bars
 from rl4med_ddpo.callbacks.progress import InnerProgressBar
 from rl4med_ddpo.foundation.progress import progress
-from support.policies import Policy, loader, trainer_of
+from support.policies import Policy, loader
+from support.trainers import quiet_trainer
 
 
 class Terminal(io.StringIO):
@@ -23,7 +24,9 @@ class Terminal(io.StringIO):
 def fit(path, monkeypatch, stdout, module=None, **options):
     monkeypatch.setattr(sys, "stdout", stdout)
     module = module or Policy()
-    trainer = trainer_of(path, InnerProgressBar(), enable_progress_bar=True, **options)
+    trainer = quiet_trainer(
+        path, InnerProgressBar(), **{"max_epochs": 5, "enable_progress_bar": True} | options
+    )
     trainer.fit(module, loader())
     return module, trainer
 
@@ -98,7 +101,7 @@ def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, ca
 def test_a_log_of_a_long_test_says_which_batch(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    trainer = trainer_of(tmp_path, InnerProgressBar(), enable_progress_bar=True)
+    trainer = quiet_trainer(tmp_path, InnerProgressBar(), enable_progress_bar=True, max_epochs=5)
     with caplog.at_level("INFO", "lightning.pytorch"):
         trainer.test(Policy(), DataLoader(torch.zeros(3, 1)), verbose=False)
     lines = [r.message for r in caplog.records if r.message.startswith("test")]

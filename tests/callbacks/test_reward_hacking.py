@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from rl4med_ddpo.callbacks import RewardHacking
 from rl4med_ddpo.foundation.errors import UserError
-from support.tiny import quiet_trainer
+from support.trainers import quiet_trainer
 
 
 class Scripted(L.LightningModule):

@@ -32,17 +32,17 @@ from support.dermoscopy import (
     condition_of,
     short_name,
 )
+from support.forked import start_forked
 from support.sample_runs import (
     command,
     contents,
     copy_of,
-    forked,
     module_of,
     predict,
-    quiet_trainer,
     times,
     wait_for_images,
 )
+from support.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_killed_command_finished_on_two_processes_leaves_what_one_go_does(
     networks, one_go, tmp_path
 ):
     folder = tmp_path / "samples"
-    killed = forked(main, command(tmp_path, networks))
+    killed = start_forked(main, command(tmp_path, networks))
     wait_for_images(folder, random.randint(1, 40), lambda: os.waitpid(killed, os.WNOHANG)[0])
     os.kill(killed, signal.SIGKILL)
     assert os.waitpid(killed, 0)[1] == signal.SIGKILL
@@ -81,7 +81,7 @@ def test_five_kills_at_random_moments_lose_and_repeat_nothing(networks, one_go, 
     folder = tmp_path / "samples"
     for _ in range(5):
         there = times(folder)
-        child = forked(predict, folder, networks)
+        child = start_forked(predict, folder, networks)
         wait_for_images(
             folder,
             len(there) + random.randint(1, 11),

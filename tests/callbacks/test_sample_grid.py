@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rl4med_ddpo.callbacks import SampleGrid, sample_grid
 from rl4med_ddpo.foundation.errors import UserError
 from support.dermoscopy import PROMPTS
-from support.policies import Policy, RewardedPolicy, loader, trainer_of
+from support.policies import Policy, RewardedPolicy, loader
+from support.trainers import quiet_trainer
 
 
 def names(path):
@@ -21,7 +22,7 @@ def brightness(path, epoch):
 
 
 def test_draws_before_training_every_few_epochs_and_at_the_end(tmp_path):
-    trainer_of(tmp_path, SampleGrid(every_n_epochs=2)).fit(Policy(), loader())
+    quiet_trainer(tmp_path, SampleGrid(every_n_epochs=2), max_epochs=5).fit(Policy(), loader())
     assert names(tmp_path) == [f"epoch_000{i}.png" for i in (0, 2, 4, 5)]
     for epoch in (0, 2, 4, 5):
         assert brightness(tmp_path, epoch) == pytest.approx(0.1 * epoch, abs=0.003)
@@ -29,9 +30,9 @@ def test_draws_before_training_every_few_epochs_and_at_the_end(tmp_path):
 
 def test_prompts_and_noise_are_the_same_each_time_and_in_every_run(tmp_path):
     first, again, other = Policy(), Policy(), Policy()
-    trainer_of(tmp_path, SampleGrid()).fit(first, loader())
-    trainer_of(tmp_path, SampleGrid()).fit(again, loader())
-    trainer_of(tmp_path, SampleGrid(seed=1)).fit(other, loader())
+    quiet_trainer(tmp_path, SampleGrid(), max_epochs=5).fit(first, loader())
+    quiet_trainer(tmp_path, SampleGrid(), max_epochs=5).fit(again, loader())
+    quiet_trainer(tmp_path, SampleGrid(seed=1), max_epochs=5).fit(other, loader())
     prompts, noise = first.asked[0]
     assert first.asked == again.asked == [(prompts, noise)] * 2
     assert len(set(noise)) == len(noise) == 48
@@ -41,11 +42,11 @@ def test_prompts_and_noise_are_the_same_each_time_and_in_every_run(tmp_path):
 
 
 def test_a_resumed_run_does_not_draw_its_start_again(tmp_path):
-    trainer = trainer_of(tmp_path, SampleGrid(every_n_epochs=2), max_epochs=3)
+    trainer = quiet_trainer(tmp_path, SampleGrid(every_n_epochs=2), max_epochs=3)
     trainer.fit(Policy(), loader())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     module = Policy()
-    trainer_of(tmp_path, SampleGrid(every_n_epochs=2)).fit(
+    quiet_trainer(tmp_path, SampleGrid(every_n_epochs=2), max_epochs=5).fit(
         module, loader(), ckpt_path=tmp_path / "end.ckpt"
     )
     assert names(tmp_path) == [f"epoch_000{i}.png" for i in (0, 2, 3, 4, 5)]
@@ -54,8 +55,8 @@ def test_a_resumed_run_does_not_draw_its_start_again(tmp_path):
 
 def test_tensorboard_gets_the_picture_at_the_step_of_the_scalars(tmp_path):
     loggers = [TensorBoardLogger(tmp_path, name="", version=""), CSVLogger(tmp_path / "csv")]
-    trainer = trainer_of(
-        tmp_path, SampleGrid(every_n_epochs=2), logger=loggers, log_every_n_steps=1
+    trainer = quiet_trainer(
+        tmp_path, SampleGrid(every_n_epochs=2), logger=loggers, log_every_n_steps=1, max_epochs=5
     )
     trainer.fit(Policy(), loader())
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
@@ -79,13 +80,13 @@ def test_captions_say_what_was_asked_and_what_it_earned(tmp_path, monkeypatch):
     chosen = [PROMPTS[0], PROMPTS[-1]]
     for module in (Policy(), RewardedPolicy()):
         grid = SampleGrid(prompts=chosen, samples_per_prompt=1)
-        trainer_of(tmp_path, grid, max_epochs=1).fit(module, loader())
+        quiet_trainer(tmp_path, grid, max_epochs=1).fit(module, loader())
     assert seen[0] == ["MEL: no artifacts", "NV: hair, gel bubble, ruler, ink"]
     assert seen[-1] == ["MEL: no artifacts  r=0.17", "NV: hair, gel bubble, ruler, ink  r=0.83"]
 
 
 def test_a_dry_run_leaves_nothing(tmp_path):
-    trainer_of(tmp_path, SampleGrid(), fast_dev_run=True).fit(Policy(), loader())
+    quiet_trainer(tmp_path, SampleGrid(), fast_dev_run=True).fit(Policy(), loader())
     assert not (tmp_path / "grids").exists()
 
 
@@ -96,7 +97,7 @@ def test_gradients_are_not_kept(tmp_path):
             return super().generate(prompts, noise_keys)
 
     module = Checking()
-    trainer_of(tmp_path, SampleGrid(), max_epochs=1).fit(module, loader())
+    quiet_trainer(tmp_path, SampleGrid(), max_epochs=1).fit(module, loader())
     assert module.asked
 
 
@@ -115,5 +116,5 @@ def test_impossible_settings_are_refused(settings, message):
 def test_a_prompt_that_the_data_do_not_have_is_refused_before_the_first_grid(tmp_path):
     module, grid = Policy(), SampleGrid(prompts=["a photo of a cat"])
     with pytest.raises(UserError, match="a photo of a cat"):
-        trainer_of(tmp_path, grid, max_epochs=1).fit(module, loader())
+        quiet_trainer(tmp_path, grid, max_epochs=1).fit(module, loader())
     assert not module.asked

@@ -4,13 +4,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules import images
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError
 from support.dermoscopy import ATTRIBUTES, prompt_of
+from support.trainers import quiet_trainer
 
 
 class Recorder(LightningModule):
@@ -52,18 +53,6 @@ def test_a_split_can_be_walked_through_once(folder):
     data.setup("fit")
     train = data.dataset("train", flip=True)
     assert [item["id"] for item in train] == train.ids
-
-
-def trainer(tmp_path, **kwargs):
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        **{"devices": 1, **kwargs},
-    )
 
 
 @pytest.mark.parametrize(
@@ -163,13 +152,15 @@ def test_only_training_images_are_flipped(folder):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_run_sees_what_the_uninterrupted_one_sees(folder, tmp_path, workers):
     whole = Recorder()
-    trainer(tmp_path, max_epochs=4).fit(whole, datamodule=module(folder))
-    first = trainer(tmp_path, max_epochs=2)
+    quiet_trainer(tmp_path, max_epochs=4).fit(whole, datamodule=module(folder))
+    first = quiet_trainer(tmp_path, max_epochs=2)
     first.fit(Recorder(), datamodule=module(folder))
     first.save_checkpoint(tmp_path / "last.ckpt")
     resumed = Recorder()
     data = module(folder, num_workers=workers)
-    trainer(tmp_path, max_epochs=4).fit(resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    quiet_trainer(tmp_path, max_epochs=4).fit(
+        resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt"
+    )
     assert sorted(resumed.seen) == [2, 3]
     for epoch in (2, 3):
         assert resumed.seen[epoch] == whole.seen[epoch]
@@ -193,11 +184,13 @@ class Shared(Recorder):
 
 
 def test_two_processes_see_together_what_one_sees(folder, tmp_path):
-    two = trainer(tmp_path, max_epochs=2, devices=2, strategy="ddp_fork", num_sanity_val_steps=0)
+    two = quiet_trainer(
+        tmp_path, max_epochs=2, devices=2, strategy="ddp_fork", num_sanity_val_steps=0
+    )
     two.fit(Shared(tmp_path), datamodule=module(folder, batch_size=2))
     ranks = [torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2)]
     one = Recorder()
-    trainer(tmp_path, max_epochs=2).fit(one, datamodule=module(folder, batch_size=4))
+    quiet_trainer(tmp_path, max_epochs=2).fit(one, datamodule=module(folder, batch_size=4))
     for epoch in range(2):
         steps = zip(ranks[0][epoch], ranks[1][epoch], strict=True)
         assert [sorted(a + b) for a, b in steps] == [sorted(step) for step in one.seen[epoch]]
@@ -208,7 +201,7 @@ def test_two_processes_see_together_what_one_sees(folder, tmp_path):
 @pytest.mark.parametrize("run", ["test", "predict"])
 def test_trainer_runs_over_the_test_split(folder, tmp_path, run):
     recorder, data = Recorder(), module(folder)
-    getattr(trainer(tmp_path), run)(recorder, datamodule=data)
+    getattr(quiet_trainer(tmp_path), run)(recorder, datamodule=data)
     assert sum(recorder.seen[run], []) == data.splits.test["id"].tolist()  # noqa: RUF017
 
 
@@ -222,7 +215,7 @@ def test_no_fit_opens_a_test_image(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(images.Image, "open", spy)
     data = module(folder)
-    trainer(tmp_path, max_epochs=2).fit(Recorder(), datamodule=data)
+    quiet_trainer(tmp_path, max_epochs=2).fit(Recorder(), datamodule=data)
     assert opened == set(data.splits.train["id"]) | set(data.splits.val["id"])
     assert not opened & set(data.splits.test["id"])
 

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
@@ -16,6 +16,7 @@ from support.dermoscopy import (
     prompt_of,
     short_name,
 )
+from support.trainers import quiet_trainer
 
 HAIRY = prompt_of(condition_of("MEL", ("hair",)))
 INKY = prompt_of(condition_of("NV", ("ink",)))
@@ -48,20 +49,6 @@ class Listener(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def trainer(tmp_path, max_epochs, **kwargs):
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=max_epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        **{"devices": 1, **kwargs},
-    )
-
-
 def check(batch):
     assert set(batch) == {"prompt", "name", "prompt_id", "condition", "index"}
     assert batch["condition"].dtype == torch.float32
@@ -76,7 +63,7 @@ def check(batch):
 
 def test_balanced_epoch_is_one_batch(tmp_path):
     listener = Listener()
-    trainer(tmp_path, 2).fit(listener, datamodule=ISICPromptDataModule())
+    quiet_trainer(tmp_path, max_epochs=2).fit(listener, datamodule=ISICPromptDataModule())
     for epoch in range(2):
         (batch,) = listener.seen[epoch]
         check(batch)
@@ -86,7 +73,9 @@ def test_balanced_epoch_is_one_batch(tmp_path):
 
 def test_every_process_gets_all_prompts(folder, tmp_path):
     data = ISICPromptDataModule(str(folder.root), prompts="train")
-    trainer(tmp_path, 1, devices=2, strategy="ddp_fork").fit(Listener(), datamodule=data)
+    quiet_trainer(tmp_path, max_epochs=1, devices=2, strategy="ddp_fork").fit(
+        Listener(), datamodule=data
+    )
     (first,), (second,) = (torch.load(tmp_path / f"seen-{rank}.pt") for rank in range(2))
     assert first["prompt"] == second["prompt"]
     assert first["index"].tolist() == second["index"].tolist() == list(range(256))
@@ -102,7 +91,7 @@ def test_evaluation_comes_in_chunks_over_all_prompts(tmp_path, stage):
     )
     listener = Listener()
     run = {"val": "validate"}.get(stage, stage)
-    getattr(trainer(tmp_path, 1), run)(listener, datamodule=data)
+    getattr(quiet_trainer(tmp_path, max_epochs=1), run)(listener, datamodule=data)
     batches = listener.seen[stage]
     assert [len(batch["prompt"]) for batch in batches] == [40, 40, 16]
     for batch in batches:
@@ -123,7 +112,7 @@ def test_more_samples_leave_the_first_ones_as_they_are():
 def test_no_validation(tmp_path):
     listener = Listener()
     data = ISICPromptDataModule(validation_samples_per_prompt=0)
-    trainer(tmp_path, 1).fit(listener, datamodule=data)
+    quiet_trainer(tmp_path, max_epochs=1).fit(listener, datamodule=data)
     assert "val" not in listener.seen
 
 
@@ -145,12 +134,14 @@ def test_train_prompts_are_drawn_anew_from_seed_and_epoch(folder, tmp_path):
         )
 
     whole, resumed, other = Listener(), Listener(), Listener()
-    trainer(tmp_path, 4).fit(whole, datamodule=data())
-    first = trainer(tmp_path, 2)
+    quiet_trainer(tmp_path, max_epochs=4).fit(whole, datamodule=data())
+    first = quiet_trainer(tmp_path, max_epochs=2)
     first.fit(Listener(), datamodule=data())
     first.save_checkpoint(tmp_path / "last.ckpt")
-    trainer(tmp_path, 4).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
-    trainer(tmp_path, 1).fit(other, datamodule=data(seed=1))
+    quiet_trainer(tmp_path, max_epochs=4).fit(
+        resumed, datamodule=data(), ckpt_path=tmp_path / "last.ckpt"
+    )
+    quiet_trainer(tmp_path, max_epochs=1).fit(other, datamodule=data(seed=1))
     drawn = [whole.seen[epoch][0]["prompt"] for epoch in range(4)]
     assert len({tuple(prompts) for prompts in drawn}) == 4
     assert [resumed.seen[epoch][0]["prompt"] for epoch in (2, 3)] == drawn[2:]

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from support.forked import forked, forked_ranks
-from support.tiny import quiet_trainer
 from support.tiny_runs import differing, everything, fit, fit_on_two, last
+from support.trainers import quiet_trainer
 
 SECONDS_TO_END = 15.0
 

@@ -16,6 +16,7 @@ from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint, require_known_classes
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import sha256_of
+from rl4med_ddpo.lightning_modules import DDPO, AttributeMatch
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.lora import load_policy
 from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
@@ -23,7 +24,8 @@ from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, load_une
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from support.command_line import ROOT, ddpo, in_process
 from support.dermoscopy import ATTRIBUTES
-from support.tiny import quiet_trainer, tiny_ddpo
+from support.tiny import prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 class Bomb:
@@ -316,3 +318,31 @@ def test_what_cannot_work_is_refused_before_a_model_is_built(
     assert time.monotonic() - started < 10
     for part in says:
         assert part in str(error.value)
+
+
+def test_networks_of_before_the_package_load_although_their_classes_were_named_otherwise(
+    tiny_pipeline, tiny_classifiers, tmp_path
+):
+    def former(path, name, **known):
+        whole = torch.load(path, weights_only=True)
+        whole["hyper_parameters"] |= known | {
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            "_class_path": f"lightning_modules.{name}",
+        }
+        torch.save(whole, tmp_path / "former.ckpt")
+        return tmp_path / "former.ckpt"
+
+    kept = load_classifier(tiny_classifiers["reward"])
+    path = former(tiny_classifiers["reward"], "AttributeClassifier")
+    for name, tensor in load_classifier(path).state_dict().items():
+        assert torch.equal(tensor, kept.state_dict()[name]), name
+    module = tiny_ddpo(tiny_pipeline, tiny_classifiers)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, prompts())
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    match = {"classifier": tiny_classifiers["reward"]}
+    reward = {"class_path": "lightning_modules.rewards.AttributeMatch", "init_args": match}
+    again = DDPO.load_from_checkpoint(former(tmp_path / "new.ckpt", "DDPO", reward=reward))
+    assert isinstance(again.reward, AttributeMatch)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, module.state_dict()[name]), name

@@ -15,19 +15,9 @@ from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_c
 from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
 from support.attribute_images import AttributeImageData
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES
+from support.trainers import quiet_trainer
 
 TINY = {"backbone": "test_efficientnet", "pretrained": False, "image_size": 48}
-
-
-def trainer_of(path, **options):
-    settings = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": path,
-    }
-    return L.Trainer(**settings | options)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +28,7 @@ def trained(tmp_path_factory):
         **TINY, warmup=0.3, dropout=0.0, optimizer=partial(torch.optim.AdamW, lr=3e-3)
     )
     best = ModelCheckpoint(path, monitor="val/loss")
-    trainer = trainer_of(path, max_epochs=5, callbacks=[best])
+    trainer = quiet_trainer(path, max_epochs=5, enable_checkpointing=True, callbacks=[best])
     trainer.fit(module, AttributeImageData())
     trainer.save_checkpoint(path / "end.ckpt")
     return trainer, module, path / "end.ckpt"
@@ -79,7 +69,7 @@ def test_logged_scores_agree_with_a_recount(trained):
 
 def test_test_reports_the_same_scores_under_its_own_name(trained, tmp_path):
     trainer, _, path = trained
-    scores = trainer_of(tmp_path).test(
+    scores = quiet_trainer(tmp_path).test(
         AttributeClassifier(**TINY), AttributeImageData(), ckpt_path=path, verbose=False
     )[0]
     for name, value in scores.items():
@@ -96,7 +86,7 @@ def test_learning_rate_rises_and_falls_to_the_minimum(tmp_path):
             rates.append(trainer.callback_metrics["train/lr"].item())
 
     module = AttributeClassifier(**TINY, warmup=0.25, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    trainer_of(tmp_path, max_epochs=1, callbacks=[Rates()], limit_val_batches=0).fit(
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[Rates()], limit_val_batches=0).fit(
         module, AttributeImageData(train=256, batch_size=8)
     )
     rise, steps = 8, 32
@@ -116,7 +106,9 @@ def test_resumed_fit_equals_an_uninterrupted_one(tmp_path):
         L.seed_everything(1)
         module = AttributeClassifier(**TINY, dropout=0.0, pos_weight="balanced")
         every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-        trainer = trainer_of(tmp_path, max_epochs=2, callbacks=[every_epoch])
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[every_epoch]
+        )
         trainer.fit(module, Ordered(train=96, val=32), ckpt_path=ckpt_path)
         return module.state_dict()
 
@@ -176,7 +168,7 @@ def test_loading_a_classifier_trained_from_pretrained_weights_fetches_nothing(
 def test_balanced_weights_are_negatives_over_positives(tmp_path):
     module = AttributeClassifier(**TINY, pos_weight="balanced")
     data = AttributeImageData(train=64, val=32)
-    trainer_of(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
     positives = [
         sum(column) for column in zip(*data.sets["train"].conditions.tolist(), strict=True)
     ]
@@ -196,7 +188,7 @@ def test_balanced_weights_without_a_single_ink_image(tmp_path):
     data = AttributeImageData(train=8, val=8)
     data.sets["train"].conditions = torch.eye(6)[[0, 1, 2, 4, 4, 5, 5, 5]]
     with pytest.raises(UserError, match="ink 0"):
-        trainer_of(tmp_path, max_steps=1, num_sanity_val_steps=0).fit(
+        quiet_trainer(tmp_path, max_steps=1, num_sanity_val_steps=0).fit(
             AttributeClassifier(**TINY, pos_weight="balanced"), data
         )
 
@@ -219,7 +211,9 @@ def test_impossible_settings_are_refused_at_construction(options, message):
 
 def test_a_run_without_an_end_has_no_schedule(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.max_epochs"):
-        trainer_of(tmp_path, max_epochs=-1).fit(AttributeClassifier(**TINY), AttributeImageData())
+        quiet_trainer(tmp_path, max_epochs=-1).fit(
+            AttributeClassifier(**TINY), AttributeImageData()
+        )
 
 
 def test_construction_is_instant_and_builds_nothing():

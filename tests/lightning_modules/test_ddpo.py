@@ -15,7 +15,8 @@ from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import chosen_steps
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
 from support.dermoscopy import ARTIFACTS, CONDITIONS, PROMPTS, prompt_id
-from support.tiny import RecordedDDPO, distance, flat, prompts, quiet_trainer, state_of, tiny_ddpo
+from support.tiny import RecordedDDPO, distance, flat, prompts, state_of, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 def fit(module, folder, data=None, epochs=1, **options):

@@ -10,7 +10,8 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs
 from support.dermoscopy import PROMPTS
-from support.tiny import prompts, quiet_trainer, tiny_ddpo
+from support.tiny import prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import torch
 
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.lightning_modules import DDPO, Brightness
-from support.tiny import prompts, quiet_trainer, tiny_ddpo
+from support.tiny import prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 class Living:

@@ -13,7 +13,8 @@ from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
     largest_micro_batch,
     saved_bytes,
 )
-from support.tiny import distance, prompts, quiet_trainer, state_of, tiny_ddpo
+from support.tiny import distance, prompts, state_of, tiny_ddpo
+from support.trainers import quiet_trainer
 
 WIDTH = 100
 

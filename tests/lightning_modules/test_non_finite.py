@@ -12,7 +12,8 @@ from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
     draw_again,
 )
 from support.dermoscopy import PROMPTS
-from support.tiny import RecordedDDPO, distance, prompts, quiet_trainer, state_of, tiny_ddpo
+from support.tiny import RecordedDDPO, distance, prompts, state_of, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import torch
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import Brightness, OnePassDDPO
-from support.tiny import RecordedDDPO, flat, prompts, quiet_trainer, tiny_ddpo
+from support.tiny import RecordedDDPO, flat, prompts, tiny_ddpo
+from support.trainers import quiet_trainer
 
 
 class RecordedOnePass(RecordedDDPO, OnePassDDPO):

@@ -17,8 +17,9 @@ from rl4med_ddpo.callbacks import SampleFolder
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.lightning_modules import DDPO
 from support.forked import forked
-from support.tiny import prompts, quiet_trainer
+from support.tiny import prompts
 from support.tiny_runs import differing, everything, fit
+from support.trainers import quiet_trainer
 
 POINTS = {
     # how often an undisturbed run passes each

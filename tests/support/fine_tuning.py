@@ -10,7 +10,7 @@ from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.lightning_modules import StableDiffusion
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from support.dermoscopy import CONDITIONS, PROMPTS
-from support.tiny import quiet_trainer
+from support.trainers import quiet_trainer
 
 # AdamW would turn the last digit of a gradient near zero into a step
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.1), "steps": 4}

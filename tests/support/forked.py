@@ -17,13 +17,18 @@ PATIENCE = 250.0
 
 def forked(function, *args):
     """Call in a forked process; return its exit code, or minus the signal that ended it."""
+    _, status = os.waitpid(start_forked(function, *args), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def start_forked(function, *args):
+    """Call in a forked process; return its number without waiting for its end."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if not child:
         _call_and_leave(function, args)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
 
 
 def forked_ranks(function, *args, ranks=2, limit=60.0, stopped_get=None):

@@ -45,17 +45,5 @@ class RewardedPolicy(Policy):
         return conditions.sum(dim=1) / 6
 
 
-def trainer_of(path, *callbacks, **options):
-    settings = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "max_epochs": 5,
-    }
-    return L.Trainer(**settings | options, default_root_dir=path, callbacks=list(callbacks))
-
-
 def loader():
     return DataLoader(torch.zeros(1, 1))

@@ -1,28 +1,12 @@
-import os
 import time
-import traceback
-
-import lightning as L
 
 from rl4med_ddpo.callbacks.sample_folder import SampleFolder
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.lightning_modules import DDPO, AttributeMatch
+from support.trainers import quiet_trainer
 
 STEPS, BATCH = 4, 8
-
-
-def quiet_trainer(folder, *callbacks):
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-    )
 
 
 def module_of(networks, sample_batch=BATCH, reward=None, **options):
@@ -62,19 +46,6 @@ def command(run_folder, networks, *more):
     }
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return ["predict", "--config", "demo/ddpo.yaml", *given, *more]
-
-
-def forked(call, *arguments):
-    """Start a process that makes the call and ends; it need not import anything anew."""
-    child = os.fork()
-    if not child:
-        try:
-            call(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
 
 
 def contents(folder):

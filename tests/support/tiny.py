@@ -1,14 +1,12 @@
 """What trains in a second: a quiet trainer, and a DDPO that lets one look at what it did."""
 
-import logging
-
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMatch
 from support.dermoscopy import CONDITIONS, PROMPTS
+from support.trainers import quiet_trainer
 
 
 class RecordedDDPO(DDPO):
@@ -88,22 +86,6 @@ def distance(one, other):
 
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
-
-
-def quiet_trainer(folder, **options):
-    """A trainer on the CPU that shows and writes nothing."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(**(defaults | options))
 
 
 def fitted(path, backbone, attributes, seed):
