@@ -97,9 +97,14 @@ class AttributeClassifier(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, **options: Any
+        cls, checkpoint_path: str | Path, weights_only: bool = True, **options: Any
     ) -> "AttributeClassifier":
-        """Load as Lightning does, also checkpoints of before 0.2, which name their classes otherwise.
+        """Load as Lightning does, also checkpoints of before 0.2, whose classes had other names.
+
+        Args:
+            checkpoint_path: What `fit` wrote.
+            weights_only: Always true; an argument because Lightning has it.
+            **options: As of Lightning: `map_location`, `strict`, and hyperparameters to replace.
 
         Raises:
             UserError: if the file is missing, damaged, or names a class that is not loaded.
