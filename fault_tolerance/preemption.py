@@ -134,7 +134,7 @@ class Preemption(Callback):
         progress.report("batch")
         # after a validation within an epoch Lightning counts otherwise: the next batch will do
         every = trainer.val_check_batch
-        if batch_idx == 0 or (every is not None and batch_idx % every == 0):
+        if batch_idx == 0 or not every or batch_idx % every == 0:
             return
         if asked := self._agreed(trainer):
             self._leave(trainer, asked, self._unsaved(trainer, between_batches))
