@@ -54,7 +54,8 @@ test: .venv/installed   ## the test suite
 chaos: .venv/installed  ## 200 random faults against tiny runs; CHAOS_SEED=1 takes others
 	CHAOS_TRIALS=200 CHAOS_SEED=$(CHAOS_SEED) $(PY) -m pytest -s tests/fault_tolerance/test_chaos.py
 
-lint: .venv/installed   ## ruff, rules and format; import contracts
+lint: .venv/installed   ## ruff, rules and format; import contracts; types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/rl4med_ddpo && .venv/bin/basedpyright

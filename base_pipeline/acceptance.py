@@ -104,7 +104,8 @@ def sample(
             guidance_scale=guidance,
             generator=generator,
             output_type="pt",
-        ).images
+            return_dict=False,
+        )[0]
         for first in range(0, len(texts), SAMPLES)
     ]
     return torch.cat(batches)

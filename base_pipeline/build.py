@@ -13,6 +13,7 @@ the U-Net is random, and so is the text encoder, which stays as it is.
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -25,6 +26,7 @@ from rl4med_ddpo.base_pipeline.linear_codec import start_from_linear_codec
 from rl4med_ddpo.datamodules.images import read_image
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -64,10 +66,8 @@ def build_pipeline(
                 unet_channels,
                 text_width,
             ),
-            scheduler=stable_diffusion_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            scheduler=stable_diffusion_scheduler(),  # pyright: ignore[reportArgumentType]
+            **LEFT_OUT,
         )
 
 
@@ -85,7 +85,11 @@ def build_tokenizer(max_length: int = 20) -> CLIPTokenizer:
     merges = list(dict.fromkeys(pair for word in words for pair in _merges(word)))
     entries = letters + [c + WORD_END for c in letters] + ["".join(pair) for pair in merges]
     vocabulary = {entry: index for index, entry in enumerate([*entries, START, END])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # pyright: ignore[reportArgumentType]
+        model_max_length=max_length,
+    )
     broken = [word for word in words if len(tokenizer.tokenize(word)) != 1]
     assert not broken, f"merges of other words break {broken}"
     return tokenizer
@@ -102,6 +106,7 @@ def _merges(word: str) -> list[tuple[str, str]]:
 
 
 def _text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+    ids = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -110,18 +115,25 @@ def _text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
         num_hidden_layers=2,
         num_attention_heads=width // 16,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids[START],
+        eos_token_id=ids[END],
+        pad_token_id=ids[END],
     )
     return CLIPTextModel(config).eval()
 
 
+def autoencoder_levels(channels: tuple[int, ...]) -> dict[str, Any]:
+    """Return the options of an autoencoder with these channels, from the images inward."""
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "block_out_channels": channels,
+    }
+
+
 def _autoencoder(size: int, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        block_out_channels=channels,
+        **autoencoder_levels(channels),
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=8,

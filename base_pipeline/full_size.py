@@ -15,8 +15,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from jsonargparse import auto_cli
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from rl4med_ddpo.base_pipeline.build import build_tokenizer, stable_diffusion_scheduler
+from rl4med_ddpo.base_pipeline.build import (
+    autoencoder_levels,
+    build_tokenizer,
+    stable_diffusion_scheduler,
+)
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
 
 LEVELS = 4
 
@@ -39,12 +44,10 @@ def full_size_autoencoder(divisor: int = 1) -> AutoencoderKL:
     """Return the autoencoder: 84 M parameters, or one of fewer channels."""
     return AutoencoderKL(
         sample_size=512,
-        block_out_channels=tuple(c // divisor for c in (128, 256, 512, 512)),
+        **autoencoder_levels(tuple(c // divisor for c in (128, 256, 512, 512))),
         norm_num_groups=32 // divisor,
         layers_per_block=2,
         latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * LEVELS,
-        up_block_types=("UpDecoderBlock2D",) * LEVELS,
         scaling_factor=0.18215,
     ).eval()
 
@@ -80,10 +83,8 @@ def build_full_size(folder: Path, seed: int = 0, divisor: int = 1) -> None:
         text_encoder=full_size_text_encoder(divisor),
         tokenizer=tokenizer,
         unet=full_size_unet(divisor),
-        scheduler=stable_diffusion_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=stable_diffusion_scheduler(),  # pyright: ignore[reportArgumentType]
+        **LEFT_OUT,
     )
     save_pipeline(pipeline, folder)
 

@@ -11,6 +11,7 @@ in each of its groups, the anchor, fixes the statistics that it divides by: it b
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ LINEAR_SILU = 4.0
 """Where SiLU is nearly linear for inputs of unit variance about it."""
 RIDGE = 1e-5
 CHUNK = 64
+Coder = Any
+"""An encoder or decoder of diffusers, which declares no types for their parts."""
 
 
 @torch.no_grad()
@@ -38,15 +41,16 @@ def start_from_linear_codec(
             variances in proportion, 1 makes them equal.
     """
     _silence_residuals(vae)
-    levels = _set_encoder(vae.encoder, images)
-    latents = levels[-1][:, : vae.config.latent_channels]
+    encoder: Coder = vae.encoder
+    levels = _set_encoder(encoder, images)
+    latents = levels[-1][:, : vae.config["latent_channels"]]
     latents = latents / _spread(latents)[:, None, None] ** whitening
     latents = latents / latents.square().mean().sqrt()
-    _set_output(vae.encoder, images, latents)
-    vae.encoder.conv_out.bias[latents.shape[1] :] = log_variance
+    _set_output(encoder, images, latents)
+    encoder.conv_out.bias[latents.shape[1] :] = log_variance
     _pass(vae.quant_conv, range(2 * latents.shape[1]))
     _pass(vae.post_quant_conv, range(latents.shape[1]))
-    encoded = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(CHUNK)])
+    encoded = torch.cat([vae.encode(x, return_dict=False)[0].mean for x in images.split(CHUNK)])
     _set_decoder(vae.decoder, encoded, levels[-2::-1])
     _set_output(vae.decoder, encoded, images)
 
@@ -61,18 +65,18 @@ def refit_output(vae: AutoencoderKL, images: Tensor) -> None:
         vae: A trained autoencoder.
         images: `(N, 3, S, S)` in [-1, 1]; some hundred are plenty.
     """
-    latents = torch.cat([vae.encode(part).latent_dist.sample() for part in images.split(CHUNK)])
+    parts = images.split(CHUNK)
+    latents = torch.cat([vae.encode(x, return_dict=False)[0].sample() for x in parts])
     _set_output(vae.decoder, latents, images, kernel=3)
 
 
 def _silence_residuals(vae: nn.Module) -> None:
-    for name, module in vae.named_modules():
-        if name.endswith(("conv2", "to_out.0")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+    for name, parameter in vae.named_parameters():
+        if name.rpartition(".")[0].endswith(("conv2", "to_out.0")):
+            nn.init.zeros_(parameter)
 
 
-def _set_encoder(encoder: nn.Module, images: Tensor) -> list[Tensor]:
+def _set_encoder(encoder: Coder, images: Tensor) -> list[Tensor]:
     """Set all but the way out; return the images and what each level makes of the one above."""
     levels = [images]
     _pass(encoder.conv_in, range(3))
@@ -90,7 +94,7 @@ def _set_encoder(encoder: nn.Module, images: Tensor) -> list[Tensor]:
     return levels
 
 
-def _set_decoder(decoder: nn.Module, latents: Tensor, levels: list[Tensor]) -> None:
+def _set_decoder(decoder: Coder, latents: Tensor, levels: list[Tensor]) -> None:
     """Set all but the way out, so that each level estimates the encoder's, deepest first."""
     _pass(decoder.conv_in, range(latents.shape[1]))
     *lower, last = decoder.up_blocks
@@ -107,7 +111,7 @@ def _set_decoder(decoder: nn.Module, latents: Tensor, levels: list[Tensor]) -> N
     _pass_anchored(last.resnets[0].conv_shortcut, estimate, decoder.conv_norm_out)
 
 
-def _set_output(coder: nn.Module, inputs: Tensor, target: Tensor, kernel: int = 1) -> None:
+def _set_output(coder: Coder, inputs: Tensor, target: Tensor, kernel: int = 1) -> None:
     """Set an encoder's or decoder's last convolution, 3 x 3, to estimate the target."""
     features = torch.cat([_last_features(coder, part) for part in inputs.split(CHUNK)])
     weight, bias = _least_squares(features, target, kernel)
@@ -117,7 +121,7 @@ def _set_output(coder: nn.Module, inputs: Tensor, target: Tensor, kernel: int = 
     coder.conv_out.bias[: len(bias)] = bias
 
 
-def _last_features(coder: nn.Module, inputs: Tensor) -> Tensor:
+def _last_features(coder: Coder, inputs: Tensor) -> Tensor:
     seen: list[Tensor] = []
     hook = coder.conv_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     coder(inputs)
@@ -130,6 +134,7 @@ def _pass(convolution: nn.Conv2d | None, positions: Iterable[int]) -> None:
     if convolution is None:
         return
     middle = convolution.kernel_size[0] // 2
+    assert convolution.bias is not None
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     for source, position in enumerate(positions):
@@ -144,6 +149,7 @@ def _pass_anchored(convolution: nn.Conv2d, features: Tensor, norm: nn.GroupNorm)
     assert count <= len(free), f"{count} channels and an anchor a group in {norm}"
     # taken in turns, so that the groups share the leading components
     _pass(convolution, sorted(free, key=lambda c: c % group)[:count])
+    assert convolution.bias is not None
     convolution.weight[:, :count] /= _spread(features)[:, None, None]
     convolution.bias[group - 1 :: group] = ANCHOR
     nn.init.constant_(norm.weight, ANCHOR * (group - 1) ** 0.5 / group)
@@ -175,7 +181,7 @@ def _principal_components(inputs: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _least_squares(inputs: Tensor, target: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     """Return the convolution, weight `(K, C, kernel, kernel)` and bias `(K,)`, of least error."""
-    moments, products = 0.0, 0.0
+    moments = products = torch.zeros((), dtype=torch.float64)
     for part, wanted in zip(inputs.split(CHUNK), target.split(CHUNK), strict=True):
         columns = F.unfold(part, kernel, padding=kernel // 2).movedim(1, -1).flatten(0, 1)
         columns = F.pad(columns, (0, 1), value=1.0)

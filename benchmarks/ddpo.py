@@ -28,7 +28,10 @@ from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.lightning_modules import DDPO, Brightness, OnePassDDPO
 from rl4med_ddpo.lightning_modules.prerequisites import Need
 
-PRECISIONS = {"32": ("32-true", torch.float32), "bf16": ("bf16-mixed", torch.bfloat16)}
+PRECISIONS: dict[str, tuple[Any, torch.dtype]] = {
+    "32": ("32-true", torch.float32),
+    "bf16": ("bf16-mixed", torch.bfloat16),
+}
 PARTS = ("text", "unet_forward", "backward", "vae", "reward", "rest")
 
 
@@ -63,9 +66,9 @@ class Timed(DDPO):
             self.sampler.after_step = watch.timed("backward", self.sampler.after_step)
         collect = self.sampler.collect
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
             with self.phases.part("rollout"):
-                return collect(*args)
+                return collect(*args, **options)
 
         self.sampler.collect = timed
 

@@ -8,7 +8,7 @@ by an assumed share of the GPU's rate. Prints JSON.
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import timm
@@ -30,9 +30,10 @@ FLOAT32, BFLOAT16 = 4, 2
 TRAIN_IMAGES = 12_004
 BATCH = {"classifier": 32, "sd": 4, "ddpo": 8}
 """Images of a training pass on each GPU in the shipped configurations."""
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(build: Callable[[], Network]) -> Network:
     """Build a network whose tensors have shapes and no data."""
     with torch.device("meta"):
         return build()
@@ -47,12 +48,12 @@ def flops(run: Callable[[], Any]) -> int:
 
 def unet_inputs(unet: UNet2DConditionModel, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents, timesteps and embeddings in the U-Net's dtype, on the meta device."""
-    size, dtype = unet.config.sample_size, unet.dtype
+    size, dtype = unet.config["sample_size"], unet.dtype
     with torch.device("meta"):
         return (
-            torch.empty(batch, unet.config.in_channels, size, size, dtype=dtype),
+            torch.empty(batch, unet.config["in_channels"], size, size, dtype=dtype),
             torch.zeros(batch, dtype=torch.long),
-            torch.empty(batch, 77, unet.config.cross_attention_dim, dtype=dtype),
+            torch.empty(batch, 77, unet.config["cross_attention_dim"], dtype=dtype),
         )
 
 
@@ -112,12 +113,12 @@ def network_figures() -> dict[str, dict[str, float]]:
         figures = {
             "unet_forward": flops(lambda: unet(*unet_inputs(unet))),
             "vae_encode": flops(lambda: vae.encode(image)),
-            "vae_decode": flops(lambda: vae.decode(latents)),
+            "vae_decode": flops(lambda: vae.decode(latents)),  # pyright: ignore[reportArgumentType]
             "text": flops(lambda: text(tokens)),
         }
     figures["unet_full"] = flops(lambda: forward_backward(unet))
     gigabytes = {"state_full": state_bytes(unet), "state_full_ema": state_bytes(unet, True)}
-    half = on_meta(full_size_unet).to(torch.bfloat16)
+    half = on_meta(full_size_unet).bfloat16()
     for name, checkpointed in (("activations", False), ("activations_checkpointed", True)):
         if checkpointed:
             half.enable_gradient_checkpointing()

@@ -141,7 +141,7 @@ class Clock(Callback):
 def our_loop(
     pipeline: str,
     data: ISICDataModule,
-    train: str,
+    train: Literal["lora", "full"],
     precision: Precision,
     steps: int,
     cache: str | None,

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pandas as pd
 import torch
@@ -29,6 +28,8 @@ from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.metrics.alignment import alignment, leakage, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
 from rl4med_ddpo.metrics.distribution import distribution_scores
@@ -59,7 +60,7 @@ class Evaluation(Callback):
         self.inception = inception
         self.alexnet = alexnet
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: DDPO) -> None:
         """Refuse what cannot work before anything is drawn."""
         self.samples = _sample_folder(trainer, self)
         data = trainer.datamodule
@@ -69,7 +70,7 @@ class Evaluation(Callback):
             self.data.paths(pd.concat([self.data.splits.train, self.data.splits.test]))
         self.networks, self.unavailable = self._load(pl_module)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: DDPO) -> None:
         """Score the folder, on all processes together, and write the results on the first."""
         manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
         results = {
@@ -84,7 +85,7 @@ class Evaluation(Callback):
             pl_module.log(f"test/{name}", results[name], rank_zero_only=True)
         folder = Path(trainer.default_root_dir) / RESULTS
         if self.data is not None:
-            results |= self._beside_real(trainer, pl_module, manifest, folder)
+            results |= self._beside_real(trainer, pl_module, manifest, folder, self.data)
         if not trainer.is_global_zero:
             return
         matrix = leakage(manifest, self.vocabulary)
@@ -96,9 +97,7 @@ class Evaluation(Callback):
         )
         rank_zero_info(f"scores of {len(manifest):,} samples in {path}{missing}")
 
-    def _load(
-        self, pl_module: L.LightningModule
-    ) -> tuple[dict[str, FeatureNetwork], dict[str, str]]:
+    def _load(self, pl_module: DDPO) -> tuple[dict[str, FeatureNetwork], dict[str, str]]:
         """Load the networks that there are; say of the others why not."""
         networks, unavailable = {}, {}
         if self.data is None:
@@ -119,27 +118,28 @@ class Evaluation(Callback):
 
     def _beside_real(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Trainer,
+        pl_module: DDPO,
         manifest: pd.DataFrame,
         folder: Path,
+        data: ISICDataModule,
     ) -> dict[str, Any]:
         """Compare the samples with real images; every process takes part."""
-        sets = self._image_sets(manifest)
+        sets = self._image_sets(manifest, data)
         looks = [*self.networks.values(), _thumbnails, _read_by(pl_module.scorer.judge)]
-        workers = self.data.num_workers
+        workers = data.num_workers
         found = {
             name: extract(sets[name], looks if name != "train" else [_thumbnails], trainer, workers)
             for name in ("fake", "test", "train")
         }
         fake_prompts = prompt_numbers(manifest, self.vocabulary)
-        test, train = (_sorted(rows) for rows in (self.data.splits.test, self.data.splits.train))
+        test, train = (_sorted(rows) for rows in (data.splits.test, data.splits.train))
         lesions = cluster_numbers([*test["lesion_id"], *train["lesion_id"]])
         results: dict[str, Any] = {"features": {}, "distribution": {}}
         pairs = draw_pairs(
             fake_prompts, prompt_numbers(test, self.vocabulary), len(self.vocabulary.keys)
         )
-        results["lpips"] = self._perceptual(trainer, sets, pairs, lesions)
+        results["lpips"] = self._perceptual(trainer, sets, pairs, lesions, workers)
         if not trainer.is_global_zero:
             return results
         for i, (name, network) in enumerate(self.networks.items()):
@@ -157,7 +157,7 @@ class Evaluation(Callback):
             found["fake"][looked], found["test"][looked], found["train"][0], lesions
         )
         results["real"] = real_rates(test, self.vocabulary, found["test"][looked + 1].numpy() > 0)
-        results["counts"] = data_counts(self.data)
+        results["counts"] = data_counts(data)
         nearest = nearest.assign(id=manifest["id"][nearest["sample"]].to_numpy())
         nearest["nearest"] = train["id"][nearest["train"]].to_numpy()
         write_csv(
@@ -175,10 +175,11 @@ class Evaluation(Callback):
 
     def _perceptual(
         self,
-        trainer: L.Trainer,
+        trainer: Trainer,
         sets: dict[str, ImageFiles],
         pairs: Pairs,
         lesions: NDArray[np.int64],
+        workers: int,
     ) -> dict[str, Any]:
         """Return LPIPS over the pairs; without its network, what the pairs would have been."""
         entry = {
@@ -190,28 +191,26 @@ class Evaluation(Callback):
             return {"value": None, "interval": None, **entry}
         network = self.lpips.to(trainer.strategy.root_device)
         images = ImagePairs(sets["fake"], sets["test"], list(zip(*pairs[:2], strict=True)))
-        (distances,) = extract(
-            images, [lambda x: _lpips(network, x)], trainer, self.data.num_workers
-        )
+        (distances,) = extract(images, [lambda x: _lpips(network, x)], trainer, workers)
         estimate = clustered_mean(distances.double().numpy(), lesions[pairs.real])
         described = {"network": "LPIPS v0.1, AlexNet", "digest": weights_digest(network)}
         return {"value": estimate.value, "interval": estimate.interval, **entry, **described}
 
-    def _image_sets(self, manifest: pd.DataFrame) -> dict[str, ImageFiles]:
+    def _image_sets(self, manifest: pd.DataFrame, data: ISICDataModule) -> dict[str, ImageFiles]:
         fakes = [self.samples.path_of(name) for name in manifest["id"]]
         with Image.open(fakes[0]) as first:
             size = first.width
         real = {
-            name: ImageFiles(self.data.paths(_sorted(rows)), size, self.data.resize)
+            name: ImageFiles(data.paths(_sorted(rows)), size, data.resize)
             for name, rows in (
-                ("test", self.data.splits.test),
-                ("train", self.data.splits.train),
+                ("test", data.splits.test),
+                ("train", data.splits.train),
             )
         }
         return {"fake": ImageFiles(fakes, size), **real}
 
     def _provenance(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, manifest: pd.DataFrame
+        self, trainer: Trainer, pl_module: DDPO, manifest: pd.DataFrame
     ) -> dict[str, Any]:
         """Say what the numbers rest on; two runs compare only if all but the policy is equal."""
         reward = getattr(pl_module.reward, "network", None)
@@ -235,7 +234,7 @@ class Evaluation(Callback):
         }
 
 
-def _sample_folder(trainer: L.Trainer, evaluation: Callback) -> SampleFolder:
+def _sample_folder(trainer: Trainer, evaluation: Callback) -> SampleFolder:
     before = trainer.callbacks[: trainer.callbacks.index(evaluation)]
     folder = next((c for c in before if isinstance(c, SampleFolder)), None)
     if folder is None:

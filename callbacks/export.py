@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.files import write_whole
+from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.report.model_card import model_card
 from rl4med_ddpo.report.results import METRICS, RESULTS
 
@@ -32,30 +34,34 @@ class Export(Callback):
         self.dirpath = Path(dirpath) if dirpath else None
         self.weights = weights
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         """Write the folder on rank 0."""
         if not trainer.is_global_zero or not self.dirpath:
             return
         if self.weights == "best":
             self._load_best(trainer, pl_module)
         pl_module.export(self.dirpath)
-        self._write_card(trainer, pl_module, None)
+        self._write_card(self.dirpath / CARD_FILE, trainer, pl_module, None)
         rank_zero_info(f"exported the {self.weights} weights to {self.dirpath}")
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         """Put the scores into the card of what was scored."""
         results = Path(trainer.default_root_dir) / RESULTS / METRICS
-        exported = self.dirpath and (self.dirpath / CARD_FILE).is_file()
-        if trainer.is_global_zero and exported and results.is_file():
-            self._write_card(trainer, pl_module, json.loads(results.read_text()))
+        card = self.dirpath and self.dirpath / CARD_FILE
+        if trainer.is_global_zero and card and card.is_file() and results.is_file():
+            self._write_card(card, trainer, pl_module, json.loads(results.read_text()))
 
     def _write_card(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, results: dict[str, Any] | None
+        self,
+        card: Path,
+        trainer: Trainer,
+        pl_module: TextToImage | Autoencoder,
+        results: dict[str, Any] | None,
     ) -> None:
         vocabulary = getattr(trainer.datamodule, "vocabulary", DERMOSCOPY)
-        write_whole(self.dirpath / CARD_FILE, model_card(pl_module, vocabulary, results))
+        write_whole(card, model_card(pl_module, vocabulary, results))
 
-    def _load_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _load_best(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         best = next(
             (c for c in trainer.checkpoint_callbacks
              if isinstance(c, ModelCheckpoint) and c.monitor and c.best_model_path),

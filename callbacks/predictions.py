@@ -4,13 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pandas as pd
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo.datamodules.provenance import data_provenance
 from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
 
 PREDICTIONS = "predictions.csv"
@@ -30,14 +31,14 @@ class Predictions(Callback):
         self.arm = arm
         self.rows: list[dict[str, Any]] = []
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: AttributeClassifier) -> None:
         """Start anew."""
         self.rows = []
 
     def on_test_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Trainer,
+        pl_module: AttributeClassifier,
         outputs: dict[str, Any],
         batch: dict[str, Any],
         batch_idx: int,
@@ -52,7 +53,7 @@ class Predictions(Callback):
                 row |= {attribute: t, f"p_{attribute}": p}
             self.rows.append(row)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: AttributeClassifier) -> None:
         """Merge the processes' rows and write them on the first."""
         folder = Path(trainer.default_root_dir) / RESULTS
         part = folder / f"predictions-{trainer.global_rank}.part.csv"
@@ -73,7 +74,7 @@ class Predictions(Callback):
         )
         rank_zero_info(f"predictions of {len(found):,} test images beside {path}")
 
-    def _results(self, trainer: L.Trainer, pl_module: L.LightningModule, n: int) -> dict[str, Any]:
+    def _results(self, trainer: Trainer, pl_module: AttributeClassifier, n: int) -> dict[str, Any]:
         data = trainer.datamodule
         extra = None if data.extra is None else vars(data.extra)
         return {

@@ -125,6 +125,7 @@ class InnerProgressBar(TQDMProgressBar):
 
     def _where(self) -> str:
         stage = self.trainer.state.stage
+        assert stage is not None
         if self.trainer.state.fn == TrainerFn.FITTING:
             place = f"epoch {self.trainer.current_epoch + 1}"
             return place if stage == RunningStage.TRAINING else f"{place}, {stage.value}"

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.report.figures import curves_over
 
 DISTANCE = "val/sqrt_kl"
@@ -106,7 +107,7 @@ class RewardHacking(EarlyStopping):
             pl_module.log("val/reward_rise", self.rewards[-1] - self.rewards[best])
             pl_module.log("val/judge_fall", self.judged[best] - self.judged[-1])
 
-    def _run_early_stopping_check(self, trainer: L.Trainer) -> None:
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
         logged = trainer.callback_metrics

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.trainer import Trainer
 
 
 def windowed_change(rewards: Sequence[float], window: int) -> float:
@@ -112,7 +113,7 @@ class RewardPlateau(EarlyStopping):
         self.stopping_reason = EarlyStoppingReason(state_dict["stopping_reason"])
         self.stopping_reason_message = state_dict["stopping_reason_message"]
 
-    def _run_early_stopping_check(self, trainer: L.Trainer) -> None:
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
         current = trainer.callback_metrics.get(self.monitor)

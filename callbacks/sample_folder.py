@@ -16,6 +16,8 @@ from rl4med_ddpo.datamodules.sample_tables import write_tables
 from rl4med_ddpo.foundation.errors import UserError, name_few
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import tensors_of, weights_digest
+from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.samples import Samples
 
 SETTINGS = "settings.json"
@@ -46,13 +48,15 @@ class SampleFolder(Callback):
         self.drawn = 0
         self.threads = torch.get_num_threads()
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: DDPO) -> None:
         """Compare the folder's settings with these."""
         # a batch of another process, or one drawn before, gives None
         warnings.filterwarnings("ignore", "predict returned None")
         self._open(trainer, pl_module)
 
-    on_test_start = on_predict_start
+    def on_test_start(self, trainer: L.Trainer, pl_module: DDPO) -> None:
+        """Do as for prediction."""
+        self._open(trainer, pl_module)
 
     def on_predict_batch_start(
         self,
@@ -69,8 +73,8 @@ class SampleFolder(Callback):
 
     def on_predict_batch_end(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Trainer,
+        pl_module: DDPO,
         outputs: Samples | None,
         batch: dict[str, Any],
         batch_idx: int,
@@ -79,13 +83,23 @@ class SampleFolder(Callback):
         """Write this process's samples, and note all that were asked for."""
         self._write(trainer, pl_module, outputs, batch)
 
-    on_test_batch_end = on_predict_batch_end
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: DDPO,
+        outputs: Samples | None,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Do as for prediction."""
+        self._write(trainer, pl_module, outputs, batch)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Write the tables on rank 0, once all processes are done."""
         self._close(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Do as for prediction; the tables are there before anything scores them."""
         self._close(trainer, pl_module)
         trainer.strategy.barrier("SampleFolder")
@@ -100,7 +114,7 @@ class SampleFolder(Callback):
         """Return where the sample of this id lies."""
         return self.images / f"{name}.png"
 
-    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _open(self, trainer: L.Trainer, pl_module: DDPO) -> None:
         self.asked, self.drawn = [], 0
         settings = settings_of(trainer, pl_module)
         try:
@@ -117,8 +131,8 @@ class SampleFolder(Callback):
 
     def _write(
         self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        trainer: Trainer,
+        pl_module: DDPO,
         outputs: Samples | None,
         batch: dict[str, Any],
     ) -> None:
@@ -130,20 +144,21 @@ class SampleFolder(Callback):
             write_sample(self.images, image, row)
         self.drawn += len(rows)
 
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _close(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         torch.set_num_threads(self.threads)
         drawn = torch.tensor(self.drawn, device=trainer.strategy.root_device)
         drawn = trainer.strategy.reduce(drawn, reduce_op="sum")
         if not trainer.is_global_zero:
             return
-        rows = {name: read_row(self.path_of(name)) for name in self.asked}
-        lost = [name for name, row in rows.items() if row is None]
+        found = {name: read_row(self.path_of(name)) for name in self.asked}
+        rows = [row for row in found.values() if row is not None]
+        lost = [name for name, row in found.items() if row is None]
         if lost:
             raise UserError(
-                f"{len(lost):,} of {len(rows):,} samples in {self.images} have vanished while the "
+                f"{len(lost):,} of {len(found):,} samples in {self.images} have vanished while the "
                 f"others were drawn: {name_few(lost)}.\n  The same command draws them again."
             )
-        write_tables(self.root, list(rows.values()), trainer.datamodule.vocabulary)
+        write_tables(self.root, rows, trainer.datamodule.vocabulary)
         rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
 
     def _claim(self, settings: dict[str, Any]) -> None:
@@ -182,7 +197,7 @@ def _ids(batch: dict[str, Any]) -> list[str]:
     return list(map(sample_id, batch["name"], batch["index"].tolist()))
 
 
-def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+def settings_of(trainer: L.Trainer, module: DDPO) -> dict[str, Any]:
     """Return what decides the images and their scores: the sampler and each network's digest."""
     return {
         **{name: module.hparams[name] for name in DECIDING},

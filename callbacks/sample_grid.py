@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,6 +11,8 @@ from PIL import Image
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
 
@@ -62,7 +63,7 @@ class SampleGrid(Callback):
         self.seed = seed
         self.drawn_epoch: int | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: TextToImage, stage: str) -> None:
         """Find the prompts among the data's."""
         self.vocabulary = getattr(trainer.datamodule, "vocabulary", DERMOSCOPY)
         self.prompts = self.given or readable_prompts(self.vocabulary)
@@ -72,26 +73,26 @@ class SampleGrid(Callback):
             raise UserError(f"SampleGrid: {error}") from error
         self.conditions = self.vocabulary.conditions[rows]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: TextToImage) -> None:
         """Draw what the run starts from."""
         if trainer.current_epoch == 0:
             self._draw(trainer, pl_module, 0)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: TextToImage) -> None:
         """Draw every few epochs."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer, pl_module, trainer.current_epoch + 1)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: TextToImage) -> None:
         """Draw what the run ends with."""
         self._draw(trainer, pl_module, trainer.current_epoch)
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: TextToImage) -> None:
         """Draw what was scored, as `grids/test.png`."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
             save_png(self._grid(pl_module), Path(trainer.default_root_dir) / "grids" / "test.png")
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+    def _draw(self, trainer: Trainer, pl_module: TextToImage, epoch: int) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or self.drawn_epoch == epoch:
             return
         self.drawn_epoch = epoch
@@ -104,14 +105,14 @@ class SampleGrid(Callback):
                 logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
     @torch.no_grad()
-    def _grid(self, pl_module: L.LightningModule) -> Image.Image:
+    def _grid(self, pl_module: TextToImage) -> Image.Image:
         repeats = self.samples_per_prompt
         prompts = [p for p in self.prompts for _ in range(repeats)]
         conditions = self.conditions.repeat_interleave(repeats, dim=0)
         images = pl_module.generate(prompts, keys(self.seed, "grid", 0, torch.arange(len(prompts))))
         captions = [self.vocabulary.caption(condition) for condition in conditions]
-        if hasattr(pl_module, "reward_of"):
-            rewards = pl_module.reward_of(images, conditions.to(images.device)).tolist()
+        if reward_of := getattr(pl_module, "reward_of", None):
+            rewards = reward_of(images, conditions.to(images.device)).tolist()
             captions = [f"{c}  r={r:.2f}" for c, r in zip(captions, rewards, strict=True)]
         panels = [Panel([image], text) for image, text in zip(images, captions, strict=True)]
         return sheet(in_rows(panels, columns=2 * repeats))

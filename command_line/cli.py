@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rl4med_ddpo import callbacks
 from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
+from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
@@ -28,12 +29,15 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the file on rank 0, replacing that of an earlier run of the same subcommand."""
+        assert trainer.state.fn is not None
         self.config_filename = f"config_{trainer.state.fn.value}.yaml"
         super().setup(trainer, pl_module, stage)
 
 
 class Trainer(L.Trainer):
     """Lightning's trainer; `fit` and `predict` resume by themselves, `describe` is a command."""
+
+    callbacks: list[L.Callback]
 
     def fit(
         self,
@@ -83,7 +87,7 @@ class Trainer(L.Trainer):
     def describe(
         self,
         model: L.LightningModule | None = None,
-        datamodule: L.LightningDataModule | None = None,
+        datamodule: ISICDataModule | None = None,
         leaks: Literal["tables", "report", "strict"] = "tables",
     ) -> None:
         """Print what the tables hold: splits, subgroups, lesions. Needs no images.
@@ -95,6 +99,7 @@ class Trainer(L.Trainer):
                 lists each pair: of one lesion, of near-duplicates under other ids, and generated
                 images among the held-out ones. `strict` ends with an error if there are any.
         """
+        assert datamodule is not None
         print(datamodule.describe())
         if leaks != "tables":
             splits = datamodule.splits
@@ -109,6 +114,8 @@ class Trainer(L.Trainer):
 
 class CommandLine(LightningCLI):
     """LightningCLI, with `describe`, and with the configuration winning over a checkpoint's."""
+
+    subcommand: str
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -141,7 +148,7 @@ class CommandLine(LightningCLI):
             root = self._get(self.config, "trainer").default_root_dir or Path.cwd()
             claim(Path(root), self.subcommand)
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
         always: list[L.Callback] = [Room(), Curves(), Preflight()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
@@ -150,6 +157,7 @@ class CommandLine(LightningCLI):
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
+        assert isinstance(trainer, Trainer)
         precision = str(self._get(self.config_init, "trainer").precision)
         if precision.startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
             # Lightning would take another one in its place

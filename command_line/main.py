@@ -10,7 +10,6 @@ from pathlib import Path
 
 import lightning as L
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo import __version__
@@ -36,7 +35,7 @@ for message in EXPECTED:
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
-def main(args: ArgsType = None) -> CommandLine | Path:
+def main(args: list[str] | None = None) -> CommandLine | Path:
     """Run the command line; `args` stands in for `sys.argv[1:]`."""
     given = sys.argv[1:] if args is None else args
     _refuse_former_variable()
@@ -69,7 +68,7 @@ def _refuse_former_variable() -> None:
         )
 
 
-def _command_line(args: ArgsType) -> CommandLine:
+def _command_line(args: list[str] | None) -> CommandLine:
     return CommandLine(
         L.LightningModule,
         L.LightningDataModule,

@@ -51,7 +51,9 @@ def _misspelt(message: str) -> str | None:
     """Say which name is unknown and which is near it, if that is what a message is about."""
     if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
         path, name = found.groups()
-        parameters = (inspect.signature(c).parameters for c in pydoc.locate(path).__mro__[:-1])
+        kind = pydoc.locate(path)
+        assert isinstance(kind, type)
+        parameters = (inspect.signature(c).parameters for c in kind.__mro__[:-1])
         return _unknown(f"option of {path}", name, {p for names in parameters for p in names})
     if found := re.search(r"Expected a dot import path string: (\w+)", message):
         classes = (

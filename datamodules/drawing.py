@@ -24,9 +24,9 @@ GEL_WHITE = (255, 253, 250)
 TICK_COLOUR = (30, 30, 40)
 PLATE_COLOUR = (244, 244, 244)
 
-Canvas = NDArray[np.float32]
+Canvas = NDArray[np.floating]
 """An image in the making: `(S, S, 3)`, RGB in [0, 255]."""
-Mask = NDArray[np.float32]
+Mask = NDArray[np.floating]
 """How much of a layer shows: `(S, S)` in [0, 1]."""
 
 

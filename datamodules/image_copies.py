@@ -30,7 +30,8 @@ class ResizedCopies(Dataset[bool]):
 
     def __init__(self, root: Path, size: int, resize: Resize) -> None:
         self.folder = TensorFolder(root / f"{size}-{resize}")
-        self.size, self.resize = size, resize
+        self.size = size
+        self.resize: Resize = resize
         self.paths: list[Path] = []
 
     def make(self, paths: list[Path], num_workers: int, progress: Progress) -> int:

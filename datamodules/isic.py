@@ -24,7 +24,7 @@ from rl4med_ddpo.datamodules.splits import Splits, make_splits
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 
-Batch = dict[str, Tensor | list[str]]
+Item = dict[str, Tensor | str]
 
 
 class ISICDataModule(LightningDataModule):
@@ -185,7 +185,7 @@ class ISICDataModule(LightningDataModule):
         if stage in ("test", "predict"):
             self.test_set = self.dataset("test")
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Item]:
         """Draw the training images as (seed, epoch) decides; each process gets its share."""
         weights = None
         if self.sampler == "balanced":
@@ -198,23 +198,24 @@ class ISICDataModule(LightningDataModule):
 
     def _trained_batches(self) -> int:
         """Count the batches of this epoch that a run interrupted within it has trained on."""
+        assert self.trainer is not None
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Item]:
         """Give the validation images in order."""
         return self._loader(self.val_set)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Item]:
         """Give the test images in order."""
         return self._loader(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> DataLoader[Item]:
         """Give the test images in order."""
         return self._loader(self.test_set)
 
     def _loader(
         self, dataset: ISICDataset, sampler: EpochSampler | None = None
-    ) -> DataLoader[Batch]:
+    ) -> DataLoader[Item]:
         return DataLoader(dataset, sampler=sampler, **self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def write_tables(root: Path, rows: Sequence[Row], vocabulary: Vocabulary) -> Non
     table = pd.DataFrame(rows)
     images = table[["id"]].rename(columns={"id": "image"})
     write_whole(root / MANIFEST, table.to_csv(index=False, lineterminator="\n"))
-    artifacts = images.assign(image=images["image"] + ".png", **table[list(vocabulary.any_of)])
+    artifacts = images.assign(
+        image=images["image"] + ".png", **{a: table[a] for a in vocabulary.any_of}
+    )
     write_whole(root / ARTIFACT_FILE, artifacts.to_csv(sep=";", index=False, lineterminator="\n"))
     metadata = images.assign(**dict.fromkeys(UNKNOWN, ""))
     write_whole(root / METADATA, metadata.to_csv(index=False, lineterminator="\r\n"))

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+
+from rl4med_ddpo.datamodules.isic_dataset import ISICDataset
 
 
 def inverse_frequency(conditions: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -46,9 +48,11 @@ class EpochSampler(DistributedSampler[int]):
         rank: Index of this process.
     """
 
+    dataset: ISICDataset
+
     def __init__(
         self,
-        dataset: Dataset[dict[str, object]],
+        dataset: ISICDataset,
         seed: int,
         weights: NDArray[np.float64] | None = None,
         num_replicas: int = 1,
@@ -71,7 +75,7 @@ class EpochSampler(DistributedSampler[int]):
         )
 
 
-class TrainLoader(DataLoader[dict[str, Tensor | list[str]]]):
+class TrainLoader(DataLoader[dict[str, Tensor | str]]):
     """Gives the batches of an epoch that are not trained yet.
 
     Nothing is read before the first of them is asked for: Lightning makes an iterator before it
@@ -82,6 +86,9 @@ class TrainLoader(DataLoader[dict[str, Tensor | list[str]]]):
         trained: Returns how many batches of the epoch are trained.
         **options: Of `DataLoader`.
     """
+
+    sampler: EpochSampler
+    batch_size: int
 
     def __init__(self, sampler: EpochSampler, trained: Callable[[], int], **options: Any) -> None:
         super().__init__(sampler.dataset, sampler=sampler, **options)

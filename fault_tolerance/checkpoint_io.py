@@ -127,7 +127,7 @@ def _write(checkpoint: dict[str, Any], part: Path) -> tuple[int, str]:
     # unbuffered: an error shows at once, and not again when the file is closed
     with part.open("wb", buffering=0) as file:
         hashing = _Hashing(file)
-        torch.save(checkpoint, hashing)
+        torch.save(checkpoint, hashing)  # pyright: ignore[reportArgumentType]
         progress.report("save.fsync")
         os.fsync(file.fileno())
     return hashing.size, hashing.sha256.hexdigest()

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import lightning as L
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
@@ -30,7 +31,7 @@ def stand_down(trainer: L.Trainer) -> None:
     """
     if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         for thread in threading.enumerate():
-            if thread.name == "child-process-observer":
+            if isinstance(thread, _ChildProcessObserver):
                 thread._child_processes = []
 
 

@@ -133,7 +133,8 @@ class Preemption(Callback):
         """Safe point between two training batches."""
         progress.report("batch")
         # after a validation within an epoch Lightning counts otherwise: the next batch will do
-        if batch_idx == 0 or batch_idx % trainer.val_check_batch == 0:
+        every = trainer.val_check_batch
+        if batch_idx == 0 or not every or batch_idx % every == 0:
             return
         if asked := self._agreed(trainer):
             self._leave(trainer, asked, self._unsaved(trainer, between_batches))

@@ -82,7 +82,7 @@ def _search(folder: Path) -> tuple[Found | None, list[Damaged]]:
         size = path.stat().st_size
         matching = by_hash.get(sha256_of(path)) if size in sizes else None
         if matching is None:
-            damaged.append(Damaged(path, _reason(own[path], size), own[path] and own[path].epoch))
+            damaged.append(Damaged(path, _reason(own[path], size), (m := own[path]) and m.epoch))
         elif matching.between_steps:
             return Found(path, matching), damaged
         else:

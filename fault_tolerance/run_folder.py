@@ -14,6 +14,7 @@ from torch import nn
 
 from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.trainer import Trainer
 
 PROBE = ".probe"
 LEAST_FREE = 50_000_000
@@ -108,7 +109,7 @@ def require_room(folder: Path, needed: int) -> None:
 class Room(Callback):
     """Checks, before the first step, that the checkpoints of a run can be written and will fit."""
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Probe the folders of the checkpoints, and compare the room with what will be written."""
         if not trainer.is_global_zero or trainer.fast_dev_run or not trainer.checkpoint_callbacks:
             return

@@ -8,6 +8,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from rl4med_ddpo.foundation.trainer import Trainer
+
 WRITTEN = "fit_events.txt"
 """Lists the event files that `fit` has written, for `test` and others write beside them."""
 
@@ -33,15 +35,15 @@ class Curves(Callback):
         """Take what the checkpoint says about the curves."""
         self.kept = checkpoint.get("curves")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Cut the curves to the checkpoint's, or put those of a run that left none aside."""
         self._restore(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Do so where nothing was left to train: the end of the curves may not be written yet."""
         self._restore(trainer)
 
-    def _restore(self, trainer: L.Trainer) -> None:
+    def _restore(self, trainer: Trainer) -> None:
         if self.is_restored or not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self.is_restored = True

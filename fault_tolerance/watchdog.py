@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -63,7 +63,6 @@ class Watchdog(Callback):
         self.limit = limit
         self.thread: threading.Thread | None = None
         self.ending = threading.Event()
-        self.stacks: IO[str] | None = None
         self.found = threading.Event()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -106,7 +105,7 @@ class Watchdog(Callback):
         store, n = None, trainer.world_size
         if self.rank == 0:
             store = TCPStore(host, 0, n, True, timeout=patience, wait_for_workers=False)
-        port = trainer.strategy.broadcast(store.port if store else None)
+        port = trainer.strategy.broadcast(store.port if store else 0)
         return store or TCPStore(host, port, n, False, timeout=patience, wait_for_workers=False)
 
     def _stop(self, end: str = "well") -> None:

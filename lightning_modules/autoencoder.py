@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers import AutoencoderKL
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
@@ -34,6 +36,10 @@ class Autoencoder(L.LightningModule):
         optimizer: Builds the optimizer of the decoder.
         lr_scheduler: Stepped once per optimizer step; null keeps the rate constant.
     """
+
+    # narrower than Lightning declares it
+    hparams: AttributeDict
+    vae: AutoencoderKL
 
     def __init__(
         self,
@@ -81,8 +87,9 @@ class Autoencoder(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Encode and decode images, `(B, 3, H, W)` in [0, 1], from a sample of the posterior."""
         with torch.no_grad():
-            latents = self.vae.encode(images * 2 - 1).latent_dist.sample()
-        return self.vae.decode(latents).sample.float() / 2 + 0.5
+            latents = self.vae.encode(images * 2 - 1, return_dict=False)[0].sample()
+        decoded = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
+        return decoded.float() / 2 + 0.5
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch's reconstructions."""

@@ -1,5 +1,6 @@
 """The attribute classifier: reward network with six heads, judge with the four artifacts."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -7,15 +8,17 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.networks.backbone import (
     WEIGHTS,
     build_backbone,
@@ -55,6 +58,13 @@ class AttributeClassifier(L.LightningModule):
             falls along a cosine to 1e-6. The paper has no warm-up.
     """
 
+    # narrower than Lightning declares them
+    trainer: Trainer
+    optimizers: Callable[[], LightningOptimizer]
+    positive_weight: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: str = "efficientnet_b0",
@@ -85,7 +95,8 @@ class AttributeClassifier(L.LightningModule):
         self.pos_weight = pos_weight
         self.optimizer = optimizer
         self.warmup = warmup
-        self.network: nn.Module | None = None
+        # a network of timm, whose methods no type declares
+        self.network: Any = None
         self.register_buffer("positive_weight", given_weights(pos_weight, self.attributes))
         self.val_scores = AttributeScores(self.attributes)
         self.test_scores = AttributeScores(self.attributes)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -120,6 +122,10 @@ class DDPO(TextToImage):
         max_skipped: Updates in a row that may be skipped because they are NaN or infinite.
         seed: Decides every draw together with the epoch and the sample's global index.
     """
+
+    # narrower than Lightning declares them
+    all_gather: Callable[[Tensor], Tensor]
+    optimizers: Callable[[], LightningOptimizer]
 
     def __init__(
         self,

@@ -120,7 +120,7 @@ class OnePassSampler(RolloutSampler):
         layers = adapter_layers(self.model.unet)
         with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
             final = super().sample_batch(rollout, rows)
-        self.gradients.append([collector.grad for collector in collectors])
+        self.gradients.append([c.grad for c in collectors if c.grad is not None])
         return final
 
     def after_step(self, transition: Transition, rows: slice) -> None:

@@ -102,8 +102,9 @@ class StableDiffusion(TextToImage):
         if self.hparams.cache is None:
             return
         data, world_size = self.trainer.datamodule, self.trainer.world_size
-        splits = [getattr(data, name, None) for name in ("train_set", "val_set")]
-        if not all(isinstance(split, ISICDataset) for split in splits):
+        named = [getattr(data, name, None) for name in ("train_set", "val_set")]
+        splits = [split for split in named if isinstance(split, ISICDataset)]
+        if len(splits) < len(named):
             raise UserError(
                 f"cache={self.hparams.cache} keeps the latents of image files, which "
                 f"{type(data).__name__} does not have: set model.init_args.cache: null"
@@ -131,7 +132,7 @@ class StableDiffusion(TextToImage):
         """Optimize the U-Net; a schedule is stepped with it."""
         optimizer = self.optimizer(self.trained_parameters())
         # Lightning clips no gradients that a fused step would unscale itself: let it unscale them
-        optimizer._step_supports_amp_scaling = False
+        optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -180,7 +181,7 @@ class StableDiffusion(TextToImage):
         distribution = self.encode(batch["image"]) if cached is None else cached
         mean, std = distribution.chunk(2, dim=1)
         sample = mean + std * torch.randn(mean.shape, generator=draw).to(mean)
-        return sample * self.model.vae.module.config.scaling_factor
+        return sample * self.model.vae.module.config["scaling_factor"]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -190,7 +191,8 @@ class StableDiffusion(TextToImage):
             images: `(B, 3, H, W)` in [0, 1].
         """
         with self.trainer.precision_plugin.forward_context():
-            posterior = self.model.vae.module.encode(images.to(self.device) * 2 - 1).latent_dist
+            scaled = images.to(self.device) * 2 - 1
+            posterior = self.model.vae.module.encode(scaled, return_dict=False)[0]
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     def draws(self, purpose: str, epoch: int, batch_idx: int) -> torch.Generator:

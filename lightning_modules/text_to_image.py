@@ -6,10 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.fabric.utilities.data import AttributeDict
 from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.progress import progress
+from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit, is_hub_id
@@ -23,6 +25,9 @@ class TextToImage(L.LightningModule):
     """
 
     model: LatentDiffusion
+    # narrower than Lightning declares them
+    hparams: AttributeDict
+    trainer: Trainer
 
     @classmethod
     def load_from_checkpoint(

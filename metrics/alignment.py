@@ -44,6 +44,13 @@ def readings(
     return manifest[names].to_numpy() > 0.5
 
 
+def judged(manifest: pd.DataFrame, vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """Return which attributes the judge read as present, `(N, H)`; it has read every manifest."""
+    found = readings(manifest, "judge", vocabulary)
+    assert found is not None
+    return found
+
+
 def exact(
     manifest: pd.DataFrame, present: NDArray[np.bool_], vocabulary: Vocabulary
 ) -> NDArray[np.bool_]:
@@ -75,7 +82,7 @@ def alignment(manifest: pd.DataFrame, vocabulary: Vocabulary) -> dict[str, Any]:
         manifest: As `SampleFolder` writes it.
         vocabulary: The attributes and prompts.
     """
-    hits = exact(manifest, readings(manifest, "judge", vocabulary), vocabulary)
+    hits = exact(manifest, judged(manifest, vocabulary), vocabulary)
     asked = prompt_numbers(manifest, vocabulary)
     columns = {
         name: asked == vocabulary.keys.index(key)
@@ -107,7 +114,7 @@ def leakage(manifest: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
     """
     several, ones = list(vocabulary.any_of), list(vocabulary.one_of)
     shown = pd.DataFrame(np.nan, index=manifest.index, columns=several + ones)
-    shown[several] = readings(manifest, "judge", vocabulary).astype(float)
+    shown[several] = judged(manifest, vocabulary).astype(float)
     of_reward = readings(manifest, "reward", vocabulary)
     if of_reward is not None and ones:
         shown[ones] = of_reward[:, len(several) :].astype(float)

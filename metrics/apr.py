@@ -45,6 +45,8 @@ class ArtifactPrevalenceRate(Metric):
     """
 
     higher_is_better = True
+    correct: Tensor
+    n: Tensor
 
     def __init__(self, prompts: int = 1, **options: Any) -> None:
         super().__init__(**options)

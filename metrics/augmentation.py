@@ -7,7 +7,7 @@ of the paired differences over seeds. Their variances add.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -191,7 +191,7 @@ def _corrected(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def verdict(row: Mapping[str, float]) -> str:
+def verdict(row: Mapping[Any, float]) -> str:
     """Say what a row proves: nothing where the interval holds 0, or after correction p >= 0.05."""
     if np.isnan(row["p"]):
         return ""

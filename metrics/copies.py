@@ -72,6 +72,7 @@ def nearest(
         coarse = _unit(_cropped(mirrored.flatten(0, 1), WHOLE, COARSE)).view(4, len(part), -1)
         score = torch.stack([_best(m, views) for m in coarse], dim=1)
         if query_lesions is not None:
+            assert reference_lesions is not None
             same = query_lesions[part.numpy()][:, None] == reference_lesions[None]
             score[torch.from_numpy(same)[:, None].expand_as(score)] = -torch.inf
         pairs = score.flatten(1).topk(min(PROPOSED, 4 * len(references)), dim=1)

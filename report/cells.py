@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from rl4med_ddpo.metrics.alignment import exact, readings
+from rl4med_ddpo.metrics.alignment import exact, judged
 from rl4med_ddpo.metrics.intervals import is_evidence, paired_share_difference
 from rl4med_ddpo.report.runs import MODELS, Missing, Runs
 
@@ -17,10 +17,7 @@ def paired_hits(runs: Runs) -> pd.DataFrame:
     if not one["id"].equals(other["id"]) or not one["noise_key"].equals(other["noise_key"]):
         raise Missing("from samples of the same prompts and noise: score both models alike")
     return pd.DataFrame(
-        {
-            m: exact(table, readings(table, "judge", vocabulary), vocabulary)
-            for m, table in manifests.items()
-        }
+        {m: exact(table, judged(table, vocabulary), vocabulary) for m, table in manifests.items()}
     )
 
 
@@ -30,6 +27,7 @@ def gain(hits: pd.DataFrame, rows: Any) -> str:
     if not len(some):
         return "-"
     estimate = paired_share_difference(some["SD"].to_numpy(), some["SD+RL"].to_numpy())
+    assert estimate.interval is not None
     low, high = (100 * bound for bound in estimate.interval)
     said = "" if is_evidence(estimate.interval) else ", no evidence"
     return f"{100 * estimate.value:+.1f} [{low:+.1f}, {high:+.1f}]{said}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from rl4med_ddpo.datamodules.image_files import ImageFiles
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
-from rl4med_ddpo.metrics.alignment import exact, prompt_numbers, readings, table_2_conditions
+from rl4med_ddpo.metrics.alignment import exact, judged, prompt_numbers, table_2_conditions
 from rl4med_ddpo.report.runs import MODELS, Missing, Runs
 from rl4med_ddpo.report.sheet import Panel, save_png, sheet
 from rl4med_ddpo.report.tables import counts_of
@@ -71,9 +71,7 @@ class _Samples:
         with Image.open(paths[0]) as image:
             self.files = ImageFiles(paths, image.width)
         self.prompts = prompt_numbers(self.manifest, runs.vocabulary)
-        self.hits = exact(
-            self.manifest, readings(self.manifest, "judge", runs.vocabulary), runs.vocabulary
-        )
+        self.hits = exact(self.manifest, judged(self.manifest, runs.vocabulary), runs.vocabulary)
 
     def rows(self, number: int) -> list[int]:
         """Return the first rows of a prompt, by sample index."""
@@ -122,5 +120,5 @@ def _real_data(runs: Runs) -> ISICDataModule:
     if known is None or not Path(known["root"]).is_dir():
         raise Missing("from real images: score with --data.root FOLDER")
     same = ("root", "artifacts_csv", "threshold", "split", "split_seed", "resize")
-    options = {name: known[name] for name in same} | {"vocabulary": runs.vocabulary}
-    return ISICDataModule(**options, images=known["images_folder"])
+    options = {name: known[name] for name in same}
+    return ISICDataModule(**options, images=known["images_folder"], vocabulary=runs.vocabulary)

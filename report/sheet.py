@@ -126,7 +126,9 @@ def _tile(image: Tensor) -> Image.Image:
     return tile
 
 
-def _wrap(text: str | None, font: ImageFont.FreeTypeFont, width: int) -> str | None:
+def _wrap(
+    text: str | None, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str | None:
     if text is None:
         return None
     lines = [""]

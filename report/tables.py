@@ -119,7 +119,7 @@ def quality_table(runs: Runs) -> Table:
         columns[f"{model}, paper"] = {
             "APR %": f"{theirs['apr']}", "FID": f"{theirs['fid']}", "LPIPS": f"{theirs['lpips']}",
         }  # fmt: skip
-    table = pd.DataFrame(columns).reindex(columns["SD"]).rename_axis("score").reset_index()
+    table = pd.DataFrame(columns).reindex(list(columns["SD"])).rename_axis("score").reset_index()
     notes = []
     hits = paired_hits(runs)
     everything = gain(hits, slice(None))

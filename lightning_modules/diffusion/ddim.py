@@ -59,21 +59,26 @@ class DDIMSchedule(nn.Module):
             transition has no variance.
     """
 
+    timesteps: Tensor
+    alpha: Tensor
+    alpha_previous: Tensor
+    sigma: Tensor
+
     def __init__(self, scheduler: DDIMScheduler, steps: int, eta: float = 1.0) -> None:
         super().__init__()
         config = scheduler.config
-        if config.prediction_type != "epsilon":
+        if config["prediction_type"] != "epsilon":
             raise UserError(
-                f"the scheduler predicts {config.prediction_type!r}; the policy is written for "
+                f"the scheduler predicts {config['prediction_type']!r}; the policy is written for "
                 "'epsilon' (noise prediction), as Stable Diffusion v1.5 does"
             )
-        if config.clip_sample or config.get("thresholding"):
+        if config["clip_sample"] or config.get("thresholding"):
             raise UserError(
                 "the scheduler clamps its prediction of x_0 (clip_sample or thresholding), which "
                 "the density of a transition does not account for; set both to false in the "
                 "pipeline's scheduler/scheduler_config.json"
             )
-        most = config.num_train_timesteps - config.steps_offset
+        most = config["num_train_timesteps"] - config["steps_offset"]
         if not 1 <= steps <= most:
             raise UserError(f"steps={steps}: allowed are 1 to {most}")
         if not 0 < eta <= 1:
@@ -83,7 +88,7 @@ class DDIMSchedule(nn.Module):
             )
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps.long()
-        previous = timesteps - config.num_train_timesteps // steps
+        previous = timesteps - config["num_train_timesteps"] // steps
         alphas = scheduler.alphas_cumprod.double()
         alpha = alphas[timesteps]
         alpha_previous = torch.where(

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.foundation.hashes import key_of
@@ -17,6 +18,7 @@ from rl4med_ddpo.lightning_modules.diffusion.ddim import (
 )
 from rl4med_ddpo.lightning_modules.diffusion.lora import has_lora, without_lora
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen, omit_frozen
+from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
 
 
 class LatentDiffusion(nn.Module):
@@ -38,8 +40,8 @@ class LatentDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = pipeline.tokenizer
-        self.text_encoder = Frozen(pipeline.text_encoder)
-        self.vae = Frozen(pipeline.vae)
+        self.text_encoder: Frozen[CLIPTextModel] = Frozen(pipeline.text_encoder)
+        self.vae: Frozen[AutoencoderKL] = Frozen(pipeline.vae)
         self.unet: UNet2DConditionModel = pipeline.unet.train()
         omit_frozen(self.unet)
         self.noise_scheduler = pipeline.scheduler
@@ -56,8 +58,8 @@ class LatentDiffusion(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of x_t."""
-        size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, size, size)
+        size = self.unet.config["sample_size"]
+        return (self.unet.config["in_channels"], size, size)
 
     def trajectory(self, prompts: list[str], noise_keys: Tensor) -> Iterator[Transition]:
         """Sample from x_T ~ N(0, I) down to x_0, each action drawn from the policy (Eq. 1).
@@ -111,7 +113,7 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode x_0 to images in [0, 1], `(B, 3, H, W)` float32."""
-        scaled = latents / self.vae.module.config.scaling_factor
+        scaled = latents / self.vae.module.config["scaling_factor"]
         image = self.vae.module.decode(scaled, return_dict=False)[0].float()
         return (image / 2 + 0.5).clamp(0, 1)
 
@@ -156,7 +158,7 @@ class LatentDiffusion(nn.Module):
                 yield
             return
         trained = self.unet
-        self.unet = load().to(self.device)
+        self.unet = load().to(self.device)  # pyright: ignore[reportArgumentType]
         try:
             yield
         finally:
@@ -170,7 +172,5 @@ class LatentDiffusion(nn.Module):
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=self.noise_scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **LEFT_OUT,
         )

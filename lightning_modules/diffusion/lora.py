@@ -41,7 +41,11 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int, alpha: int | None
 def adapter_layers(unet: UNet2DConditionModel) -> list[nn.Linear]:
     """List the layers that hold the adapters' weights, down and up, in the U-Net's order."""
     ends = (f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")
-    return [module for name, module in unet.named_modules() if name.endswith(ends)]
+    return [
+        module
+        for name, module in unet.named_modules()
+        if name.endswith(ends) and isinstance(module, nn.Linear)
+    ]
 
 
 def has_lora(unet: UNet2DConditionModel) -> bool:
@@ -80,6 +84,7 @@ def merged(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     with_adapters.fuse_lora()
     with_adapters.unload_lora()
     plain = UNet2DConditionModel.from_config(unet.config)
+    assert isinstance(plain, UNet2DConditionModel)
     # by name of the parameter: the state dict of a U-Net in training leaves out what is frozen
     plain.load_state_dict(dict(with_adapters.named_parameters()))
     return plain

@@ -32,7 +32,7 @@ def feature_loss(reconstruction: Sequence[Tensor], images: Sequence[Tensor]) -> 
         F.l1_loss(ours, theirs) / theirs.abs().mean()
         for ours, theirs in zip(reconstruction, images, strict=True)
     ]
-    return sum(errors) / len(errors)
+    return sum(errors, start=errors[0].new_zeros(())) / len(errors)
 
 
 def signal_to_noise(reconstruction: Tensor, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -61,7 +62,7 @@ def _check_file(name: str, file: Path) -> None:
             "  Needed is a .safetensors file of weights under timm's names"
         ) from error
     with torch.device("meta"):
-        network = timm.create_model(name)
+        network: Any = timm.create_model(name)
     last = network.pretrained_cfg["classifier"]
     last = (last,) if isinstance(last, str) else tuple(last)
     wrong = [

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def omit_frozen(module: nn.Module) -> None:
@@ -39,7 +41,7 @@ def _fill(
         state_dict.setdefault(prefix + name, own[name])
 
 
-class Frozen(nn.Module):
+class Frozen(nn.Module, Generic[Network]):
     """A network that is used and never trained: frozen, in eval mode for good, not in checkpoints.
 
     Its forward runs in the network's own dtype whatever the trainer's precision is; floating-point
@@ -50,7 +52,7 @@ class Frozen(nn.Module):
         dtype: Its dtype from now on.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, module: Network, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.module = module.to(dtype).eval().requires_grad_(False)
         self.dtype = dtype

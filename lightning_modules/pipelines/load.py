@@ -72,7 +72,9 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
             "  Give a folder with config.json and diffusion_pytorch_model.safetensors, or the "
             "folder of a pipeline."
         )
-    return _load_network("unet", folder, folder)
+    unet = _load_network("unet", folder, folder)
+    assert isinstance(unet, UNet2DConditionModel)
+    return unet
 
 
 def _from_folder(folder: Path) -> StableDiffusionPipeline:

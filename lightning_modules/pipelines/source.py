@@ -21,9 +21,19 @@ COMPONENTS = (*NETWORKS, "tokenizer", "scheduler")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CONFIGURATIONS = ("model_index.json", "*/config.json", "tokenizer/*", "scheduler/*")
 WEIGHTS = ("*model.safetensors", "*model-?????-of-?????.safetensors", "*.safetensors.index.json")
-LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+LEFT_OUT: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def _repo_and_revision(source: str) -> tuple[str, str | None]:
+    match = _HUB_ID.fullmatch(source)
+    assert match, f"{source} is no hub id"
+    return match[1], match[2]
 
 
 def is_hub_id(source: str) -> bool:
@@ -39,7 +49,7 @@ def fetch_pipeline(source: str, networks: Iterable[str] = NETWORKS) -> Path:
         source: `owner/name` or `owner/name@revision`.
         networks: Components whose weights are needed too.
     """
-    repo, revision = _HUB_ID.fullmatch(source).groups()
+    repo, revision = _repo_and_revision(source)
     wanted = [*CONFIGURATIONS, *(f"{n}/{file}" for n in networks for file in WEIGHTS)]
 
     def fetch(local_files_only: bool) -> Path:
@@ -72,12 +82,12 @@ def cached_commit(source: str, file: str = "model_index.json") -> str | None:
         source: `owner/name` or `owner/name@revision`.
         file: One of its files.
     """
-    repo, revision = _HUB_ID.fullmatch(source).groups()
+    repo, revision = _repo_and_revision(source)
     found = try_to_load_from_cache(repo, file, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def check_kind(index: dict[str, Any], source: str | Path) -> None:
+def check_kind(index: Any, source: str | Path) -> None:
     """Refuse the `model_index.json` of another family, such as SDXL."""
     kind = index["_class_name"]
     if kind != StableDiffusionPipeline.__name__:

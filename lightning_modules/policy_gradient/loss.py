@@ -35,25 +35,25 @@ class Means:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: Tensor | float = 0.0
-        self.first_deviation: Tensor | None = None
-        self.deviation: Tensor | float = 0.0
+        self.sums = torch.zeros((), dtype=torch.float64)
+        self.first_deviation = self.deviation = torch.zeros(())
 
     def add(self, result: PolicyLoss) -> None:
         """Count some pairs."""
         columns = (result.loss, result.clipped, result.approximate_kl, result.reference_kl)
         self.sums = self.sums + torch.stack([c.detach().double().sum() for c in columns])
-        self.count += len(result.loss)
         deviation = (result.ratio - 1).abs().max()
-        if self.first_deviation is None:
+        if not self.count:
             self.first_deviation = deviation
+        self.count += len(result.loss)
         # unlike max(), carries a NaN on
-        self.deviation = torch.maximum(deviation, torch.as_tensor(self.deviation).to(deviation))
+        self.deviation = torch.maximum(deviation, self.deviation.to(deviation))
 
     @classmethod
     def over(cls, updates: "list[Means]") -> dict[str, Tensor]:
         """Return the means over the pairs of all updates, by name."""
-        means = sum(update.sums for update in updates) / sum(update.count for update in updates)
+        sums = sum((update.sums for update in updates), start=torch.zeros(()))
+        means = sums / sum(update.count for update in updates)
         return dict(zip(cls.LOGGED, means.float().unbind(), strict=True))
 
 

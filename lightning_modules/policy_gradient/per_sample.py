@@ -72,5 +72,5 @@ class _Collecting:
     def __init__(self, layer: nn.Linear, collector: Tensor) -> None:
         self.layer, self.collector = layer, collector
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return PerSampleLinear.apply(x, self.layer.weight.detach(), self.collector)
+    def __call__(self, input: Tensor) -> Tensor:
+        return PerSampleLinear.apply(input, self.layer.weight.detach(), self.collector)

@@ -1,5 +1,9 @@
 """A weighted sum of rewards."""
 
+from collections.abc import Iterable
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.errors import UserError
@@ -23,7 +27,8 @@ class RewardSum(Reward):
                 f"RewardSum has {len(rewards)} rewards and {len(weights)} weights: it wants at "
                 "least one reward, and as many weights or none"
             )
-        self.rewards, self.weights = nn.ModuleList(rewards), weights
+        self.rewards = cast("Iterable[Reward]", nn.ModuleList(rewards))
+        self.weights = weights
 
     def needs(self) -> list[Need]:
         """Name what the rewards need."""
@@ -47,4 +52,4 @@ class RewardSum(Reward):
             for name, score in zip(names, scored, strict=True)
             for part, values in ({"value": score.value} | score.parts).items()
         }
-        return Rewards(sum(terms.values()), parts, terms)
+        return Rewards(sum(terms.values(), start=torch.zeros(())), parts, terms)

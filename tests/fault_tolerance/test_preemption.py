@@ -126,6 +126,24 @@ def test_no_process_waits_while_another_draws(tmp_path, job):
     assert len(list(tmp_path.glob("[0-5]"))) == 6
 
 
+class Idle(L.LightningModule):
+    def training_step(self, batch, batch_idx):
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+def test_validation_may_be_set_by_the_clock(tmp_path):
+    interval = {"val_check_interval": "00:00:30:00", "max_epochs": 1}
+    trainer = quiet_trainer(tmp_path, callbacks=[Preemption()], **interval)
+    trainer.fit(Idle(), DataLoader(range(3)), DataLoader(range(1)))
+    assert trainer.current_epoch == 1
+
+
 def test_a_second_signal_leaves_at_once_and_whole(policy, undisturbed, tmp_path, monkeypatch):
     """The first asks for a save, and the second comes while that is written."""
     folder = tmp_path / "run"
