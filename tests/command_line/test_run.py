@@ -136,7 +136,7 @@ def test_errors_of_workers_are_cut_to_their_message(tmp_path):
 def test_describe_prints_the_tables(capsys, isic):
     in_process("describe", "--config=classifier.yaml", f"--data.root={isic}")
     said = capsys.readouterr().out
-    assert "64" in said
+    assert "64 melanomas and nevi, split: paper (seed 42)\n" in said
     assert "hair" in said
 
 
