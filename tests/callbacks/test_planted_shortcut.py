@@ -4,10 +4,9 @@ The policy is small enough to learn in ten rollouts: the noise that it predicts 
 number for each channel and quarter of the image. Brightening a corner brightens its quarter.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from rl4med_ddpo.callbacks import RewardHacking
@@ -24,7 +23,7 @@ ROLLOUTS = 10
 class Quarters(nn.Module):
     """Predicts for every image and step the same, and a part of the latents."""
 
-    config = SimpleNamespace(sample_size=8, in_channels=4)
+    config = FrozenDict(sample_size=8, in_channels=4)
 
     def __init__(self):
         super().__init__()
