@@ -22,9 +22,9 @@ class Counted(StableDiffusion):
             super().configure_model()
             encode, read = self.model.vae.module.encode, self.model.text_encoder.forward
 
-            def counted(images):
+            def counted(images, **options):
                 self.encoded += len(images)
-                return encode(images)
+                return encode(images, **options)
 
             def counted_text(ids):
                 self.read += len(ids)
