@@ -60,7 +60,7 @@ class Timed(DDPO):
         self.model.embed = watch.timed("text", self.model.embed)
         self.model.decode = watch.timed("vae", self.model.decode)
         self.reward.forward = watch.timed("reward", self.reward.forward)
-        self.model.guided_noise = watch.timed("unet_forward", self.model.guided_noise)
+        self.model.predict_noise = watch.timed("unet_forward", self.model.predict_noise)
         self.manual_backward = watch.timed("backward", self.manual_backward)
         if isinstance(self, OnePassDDPO):
             self.sampler.after_step = watch.timed("backward", self.sampler.after_step)

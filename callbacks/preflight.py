@@ -44,13 +44,13 @@ def measured(policy: DDPO, epoch: Epoch) -> tuple[float, float]:
     """Time one denoising step of a batch and one training pass; nothing is changed by them."""
     model, n = policy.model, epoch.sample_batch
     rollout = blank_rollout(epoch.steps, model.latent_shape, policy.device)
-    state, _ = rollout.transitions(*blank_pairs(n, epoch.steps)[:2])
+    latents = torch.zeros(n, *model.latent_shape, device=policy.device)
     step = torch.zeros(n, dtype=torch.long, device=policy.device)
     pairs = blank_pairs(epoch.micro_batch, epoch.steps)
 
     def sample() -> None:
         with torch.no_grad():
-            model.guided_noise(state, step, model.embed([""] * n), model.embed([""])[0])
+            model.predict_noise(latents, step, model.embed([""] * n))
 
     def train() -> None:
         loss = policy.objective(rollout, pairs).loss.sum()

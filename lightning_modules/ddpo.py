@@ -3,8 +3,10 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +20,13 @@ from torch import Tensor, nn
 
 from rl4med_ddpo.datamodules.images import to_eight_bits
 from rl4med_ddpo.foundation.progress import progress
-from rl4med_ddpo.foundation.randomness import keys
+from rl4med_ddpo.foundation.randomness import generator, key, keys
 from rl4med_ddpo.lightning_modules.classifier import load_classifier, require_same_attributes
 from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, load_policy, save_lora
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
-from rl4med_ddpo.lightning_modules.policy_gradient.advantages import (
-    Advantages,
-    RewardWindow,
-    group_advantages,
-)
 from rl4med_ddpo.lightning_modules.policy_gradient.divergence import divergence_from_start
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
-from rl4med_ddpo.lightning_modules.policy_gradient.loss import Means, require_unit_ratio
 from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
     free_memory,
     largest_micro_batch,
@@ -44,7 +40,14 @@ from rl4med_ddpo.lightning_modules.policy_gradient.non_finite import (
     faults_of_update,
     write_faults,
 )
-from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyObjective
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import (
+    PolicyLoss,
+    PolicyObjective,
+    RewardWindow,
+    group_advantages,
+    raw_advantages,
+    require_unit_ratio,
+)
 from rl4med_ddpo.lightning_modules.policy_gradient.options import (
     clip_pair,
     require_options,
@@ -53,18 +56,17 @@ from rl4med_ddpo.lightning_modules.policy_gradient.options import (
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     Pairs,
     Rollout,
+    RolloutSampler,
     blank_pairs,
     blank_rollout,
     chosen_steps,
     plan_passes,
     require_divisible,
-    sample_order,
 )
-from rl4med_ddpo.lightning_modules.policy_gradient.sampler import RolloutSampler
 from rl4med_ddpo.lightning_modules.policy_gradient.scorer import PolicyScorer, require_independent
 from rl4med_ddpo.lightning_modules.prerequisites import Need, require
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
-from rl4med_ddpo.lightning_modules.rewards.base import Reward, shares
+from rl4med_ddpo.lightning_modules.rewards.base import Reward
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
@@ -168,8 +170,16 @@ class DDPO(TextToImage):
         self.automatic_optimization = False
         self.optimizer, self.reward = optimizer, reward
         self.window = RewardWindow()
+        standardise = {
+            "group": group_advantages, "window": self.window.advantages, "none": raw_advantages,
+        }[baseline]  # fmt: skip
+        self.advantages = partial(standardise, std_floor=std_floor, clip=advantage_clip)
         self.skipped = SkippedUpdates()
         self.scores_are_whole = True
+        # first step that may be trained, and the first after; steps that each sample trains
+        self.window_of_steps = timestep_window or (0, steps)
+        first, end = self.window_of_steps
+        self.trained_steps = max(1, round(timestep_fraction * (end - first)))
         # 0 until it is found, or taken from the checkpoint of a run that found it
         self.micro_batch = 0 if micro_batch == "auto" else micro_batch
 
@@ -250,38 +260,46 @@ class DDPO(TextToImage):
         return self.optimizer(self.trained_parameters())
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Find the micro-batch before the first rollout, if that is asked for."""
-        self.epoch_of(len(batch["prompt"]))
+        """Refuse what does not divide; find the micro-batch, if that is asked for."""
+        samples = len(batch["prompt"])
+        require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+        self.epoch_of(samples)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one turn of Algorithm 1: sample, score, then K rounds of policy gradient steps."""
-        started = time.monotonic()
-        order = self.order(batch)
-        rollout = self.sampler.collect(*self.share(batch, order), self.current_epoch)
+        p, started = self.hparams, time.monotonic()
+        # position i of the order is rank i mod W's, and an update takes a run of positions: so it
+        # trains on the same samples for any number of ranks W
+        shuffle = generator(key(p.seed, "order", self.current_epoch))
+        order = torch.randperm(len(batch["prompt"]), generator=shuffle)
+        mine = order[self.global_rank :: self.trainer.world_size]
+        rollout = self.sampler.collect(batch, mine, self.current_epoch)
         groups = batch["prompt_id"][order].to(self.device)
         rewards = self.rewards(rollout, groups)
         sampled = time.monotonic()
-        if self.are_finite(rollout, rewards):
+        density = self.all_gather(rollout.log_probs.sum())
+        if rewards.isfinite().all() and density.isfinite().all():
             advantages = self.advantages(rewards, groups)
-            self.log_prompts(batch, order, rewards)
-            rollout = self.rescored(rollout, advantages.values)
-            results = [
-                self.update(rollout, advantages.values, update, k) for k, update in self.rounds
+            if p.old_log_probs == "training":
+                rollout = self.rescored(rollout, advantages.values)
+            sums = [
+                self.update(rollout, advantages.values, k, update)
+                for k in range(p.inner_epochs)
+                for update in range(p.updates)
             ]
-            self.log_training(results, advantages)
-        self.log_run(len(order), sampled - started, time.monotonic() - started)
-
-    def order(self, batch: dict[str, Any]) -> Tensor:
-        """Shuffle the epoch's global sample indices, `(M,)`; position p is rank p mod W's."""
-        samples = len(batch["prompt"])
-        require_divisible(samples, self.hparams.updates, self.trainer.world_size)
-        return sample_order(samples, self.hparams.seed, self.current_epoch)
-
-    def share(self, batch: dict[str, Any], order: Tensor) -> tuple[Tensor, list[str], Tensor]:
-        """Return indices, prompts and conditions of this rank's samples, in their order."""
-        mine = order[self.global_rank :: self.trainer.world_size]
-        prompts = [batch["prompt"][i] for i in mine.tolist()]
-        return batch["index"][mine], prompts, batch["condition"][mine].to(self.device)
+            names = [batch["name"][i] for i in order.tolist()]
+            self.log_epoch(names, rewards, advantages.flat_groups, sums)
+        else:
+            own = rewards[self.global_rank :: self.trainer.world_size]
+            self.skip(faults_of_rollout(rollout, own))
+        ended = time.monotonic()
+        run = {
+            "trainer/optimizer_steps": float(self.global_step),
+            "trainer/skipped_updates": float(self.skipped.total),
+            "time/samples_per_second": len(order) / (ended - started),
+            "time/rollout_share": (sampled - started) / (ended - started),
+        }
+        self.log_dict(run, batch_size=1)
 
     @torch.no_grad()
     def rewards(self, rollout: Rollout, groups: Tensor) -> Tensor:
@@ -297,8 +315,10 @@ class DDPO(TextToImage):
             rewards = rewards + terms["diversity"]
         for name, part in mine.parts.items():
             self.log(f"reward/{name}", self.gather_in_order(part).mean(), batch_size=1)
-        for name, share in shares(terms).items():
-            self.log(f"reward_share/{name}", share, batch_size=1)
+        sizes = {name: term.abs().nansum() for name, term in terms.items()}
+        whole = sum(sizes.values())
+        for name, size in sizes.items():
+            self.log(f"reward_share/{name}", size / whole, batch_size=1)
         finite = rewards[rewards.isfinite()]
         self.log("reward/mean", finite.mean(), prog_bar=True, batch_size=1)
         self.log("reward/std", finite.std(correction=0), batch_size=1)
@@ -309,71 +329,69 @@ class DDPO(TextToImage):
         ranks = self.all_gather(values).reshape(self.trainer.world_size, *values.shape)
         return ranks.transpose(0, 1).flatten(0, 1)
 
-    def are_finite(self, rollout: Rollout, rewards: Tensor) -> bool:
-        """Return whether all rewards and log-probs are finite; otherwise record the samples."""
-        own = rewards[self.global_rank :: self.trainer.world_size]
-        faults = faults_of_rollout(rollout, own)
-        if not self.all_gather(torch.tensor(len(faults), device=self.device)).any():
-            return True
-        self.skip(faults)
-        return False
-
-    def advantages(self, rewards: Tensor, groups: Tensor) -> Advantages:
-        """Compare each sample with its prompt's, `(M,)` in sample order, the same on every rank."""
-        if self.hparams.baseline == "none":
-            return Advantages(rewards, 0.0)
-        windowed = self.hparams.baseline == "window"
-        standardise = self.window.advantages if windowed else group_advantages
-        return standardise(rewards, groups, self.hparams.std_floor, self.hparams.advantage_clip)
-
     @torch.no_grad()
     def rescored(self, rollout: Rollout, advantages: Tensor) -> Rollout:
-        """With `old_log_probs: training`, score all actions in the batches that will be trained."""
-        if self.hparams.old_log_probs == "rollout":
-            return rollout
+        """Score all actions again, in the batches that will be trained."""
         log_probs, scored = rollout.log_probs.clone(), torch.zeros(rollout.log_probs.shape)
-        for k, update in self.rounds:
-            for pairs in self.passes(rollout, advantages, update, k):
+        p = self.hparams
+        for k, update in product(range(p.inner_epochs), range(p.updates)):
+            for pairs in self.passes(rollout, advantages, k, update):
                 if not scored[pairs.row, pairs.step].all():
                     log_probs[pairs.row, pairs.step] = self.objective(rollout, pairs).log_prob
                     scored[pairs.row, pairs.step] = 1
         return replace(rollout, log_probs=log_probs)
 
-    def update(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> Means:
-        """Take one optimizer step on one part of the samples (Algorithm 1, line 6)."""
-        passes = self.passes(rollout, advantages, update, k)
-        optimizer, parameters = self.optimizers(), self.trained_parameters()
+    def update(self, rollout: Rollout, advantages: Tensor, k: int, update: int) -> Tensor:
+        """Take one optimizer step on one part of the samples (Algorithm 1, line 6).
+
+        Returns:
+            The number of its pairs and the sums over them that are logged, `(5,)`.
+        """
+        passes = self.passes(rollout, advantages, k, update)
+        optimizer = self.optimizers()
         optimizer.zero_grad()
-        means = self.accumulate(rollout, passes)
+        losses = self.accumulate(rollout, passes)
+        columns = torch.ones_like(losses.loss), losses.loss, losses.clipped
+        columns += losses.approximate_kl, losses.reference_kl
+        sums = torch.stack([column.double().sum() for column in columns])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.hparams.max_grad_norm)
         # reduced over the ranks, so all of them agree
         if not norm.isfinite():
             self.skip(faults_of_update(self.objective, parameters, rollout, passes))
-            return means
-        self.skipped.passed()
-        if update == k == 0:
-            self.check_ratio(means)
+            return sums
+        if k == update == 0:
+            deviation = self.all_gather((losses.ratio - 1).abs().max()).max()
+            self.log("policy/ratio_deviation", deviation, batch_size=1)
+            require_unit_ratio(
+                deviation.item(), min(self.objective.clip_range), self.trainer.precision
+            )
         self.log("policy/grad_norm", norm, batch_size=1)
         optimizer.step()
-        return means
+        self.skipped.in_a_row = 0
+        return sums
 
-    def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> Means:
-        """Add up the gradients of an update.
+    def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> PolicyLoss:
+        """Add up the gradients of an update, and return the loss of each of its pairs.
 
         Every rank runs the same number of passes, and the gradients of all passes are reduced over
         the ranks once, in the last.
         """
         pairs_in_all = len(rollout.index) // self.hparams.updates * self.trained_steps
-        means = Means()
+        strategy, losses = self.trainer.strategy, []
         for i, pairs in enumerate(passes, start=1):
-            with nullcontext() if i == len(passes) else self.without_reduction():
-                result = self.objective(rollout, pairs)
-                self.manual_backward(result.loss.sum() / pairs_in_all)
-            means.add(result)
+            if i < len(passes) and isinstance(strategy, ParallelStrategy):
+                reduction = strategy.block_backward_sync()
+            else:
+                reduction = nullcontext()
+            with reduction:
+                loss = self.objective(rollout, pairs)
+                self.manual_backward(loss.loss.sum() / pairs_in_all)
+            losses.append(loss._replace(loss=loss.loss.detach()))
             progress.report("update", i, len(passes))
-        return means
+        return PolicyLoss(*map(torch.cat, zip(*losses, strict=True)))
 
-    def passes(self, rollout: Rollout, advantages: Tensor, update: int, k: int) -> list[Pairs]:
+    def passes(self, rollout: Rollout, advantages: Tensor, k: int, update: int) -> list[Pairs]:
         """Plan the passes of an update over this rank's part of its samples."""
         share = len(rollout.index) // self.hparams.updates
         mine = slice(update * share, (update + 1) * share)
@@ -385,14 +403,19 @@ class DDPO(TextToImage):
         )
         return [pairs._replace(row=pairs.row + mine.start) for pairs in planned]
 
-    def check_ratio(self, means: Means) -> None:
-        """Log how far the first pass's ratio is from 1; refuse what clipping would eat in any."""
-        first, largest = (
-            self.all_gather(deviation).max()
-            for deviation in (means.first_deviation, means.deviation)
-        )
-        self.log("policy/ratio_deviation", first, batch_size=1)
-        require_unit_ratio(largest.item(), min(self.clip_range), self.trainer.precision)
+    def log_epoch(
+        self, names: list[str], rewards: Tensor, flat_groups: float, sums: list[Tensor]
+    ) -> None:
+        """Log each prompt's mean reward by its short name, and the means over all trained pairs."""
+        for name in sorted(set(names)):
+            rows = [row for row, other in enumerate(names) if other == name]
+            self.log(f"reward_of_prompt/{name}", rewards[rows].mean(), batch_size=1)
+        pairs, *totals = torch.stack(sums).sum(dim=0)
+        logged = ("loss", "clip_fraction", "approximate_kl", "reference_kl")
+        for name, total in zip(logged, totals, strict=True):
+            mean = (total / pairs).float()
+            self.log(f"policy/{name}", mean, sync_dist=True, batch_size=1)
+        self.log("reward/flat_groups", flat_groups, batch_size=1)
 
     def skip(self, own: list[Fault]) -> None:
         """Skip an update on all ranks: write down whose samples are at fault, and count.
@@ -411,12 +434,6 @@ class DDPO(TextToImage):
             draw["epoch"] = self.current_epoch
             write_faults(file, everyone, draw, self.state_dict())
         self.skipped.add(everyone, file, self.hparams.max_skipped)
-
-    def without_reduction(self) -> AbstractContextManager:
-        """Accumulate gradients on this rank alone."""
-        strategy = self.trainer.strategy
-        parallel = isinstance(strategy, ParallelStrategy)
-        return strategy.block_backward_sync() if parallel else nullcontext()
 
     def epoch_of(self, samples: int) -> Epoch:
         """Work out the sizes of an epoch of M samples; finds the micro-batch if need be."""
@@ -448,23 +465,6 @@ class DDPO(TextToImage):
             free_memory(self.device),
         )
         return int(self.all_gather(torch.tensor(fitting, device=self.device)).min())
-
-    @property
-    def rounds(self) -> list[tuple[int, int]]:
-        """The inner epoch and the update within it, of each optimizer step on a rollout."""
-        p = self.hparams
-        return [(k, update) for k in range(p.inner_epochs) for update in range(p.updates)]
-
-    @property
-    def window_of_steps(self) -> tuple[int, int]:
-        """First step that may be trained, and the first after."""
-        return self.hparams.timestep_window or (0, self.hparams.steps)
-
-    @property
-    def trained_steps(self) -> int:
-        """Steps of each sample that are trained in an inner epoch."""
-        first, end = self.window_of_steps
-        return max(1, round(self.hparams.timestep_fraction * (end - first)))
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -574,32 +574,6 @@ class DDPO(TextToImage):
     def networks(self) -> dict[str, nn.Module]:
         """Name the networks that decide an image and its scores."""
         return super().networks() | {"reward": self.reward, "judge": self.scorer.judge}
-
-    def log_prompts(self, batch: dict[str, Any], order: Tensor, rewards: Tensor) -> None:
-        """Log each prompt's mean reward, by its short name."""
-        names = [batch["name"][i] for i in order.tolist()]
-        for name in sorted(set(names)):
-            rows = [row for row, other in enumerate(names) if other == name]
-            self.log(f"reward_of_prompt/{name}", rewards[rows].mean(), batch_size=1)
-
-    def log_training(self, results: list[Means], advantages: Advantages) -> None:
-        """Log the means over all trained pairs of the epoch."""
-        for name, value in Means.over(results).items():
-            self.log(f"policy/{name}", value, sync_dist=True, batch_size=1)
-        self.log("reward/flat_groups", advantages.flat_groups, batch_size=1)
-
-    def log_run(self, samples: int, sampling: float, whole: float) -> None:
-        """Log the speed of all ranks together, the rollout's share of it and what was skipped.
-
-        Args:
-            samples: Images of the epoch.
-            sampling: Seconds of the rollout and its reward.
-            whole: Seconds of all.
-        """
-        self.log("trainer/optimizer_steps", float(self.global_step), batch_size=1)
-        self.log("trainer/skipped_updates", float(self.skipped.total), batch_size=1)
-        self.log("time/samples_per_second", samples / whole, batch_size=1)
-        self.log("time/rollout_share", sampling / whole, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what later rollouts depend on beside weights and optimizer."""

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
-from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
-from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion, Transition
 from rl4med_ddpo.lightning_modules.diffusion.lora import adapter_layers
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
-from rl4med_ddpo.lightning_modules.policy_gradient.loss import Means, clipped_policy_loss
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyLoss, clipped_policy_loss
 from rl4med_ddpo.lightning_modules.policy_gradient.per_sample import per_sample_gradients
-from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs, Rollout, chosen_steps
-from rl4med_ddpo.lightning_modules.policy_gradient.sampler import RolloutSampler
+from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
+    Pairs,
+    Rollout,
+    RolloutSampler,
+    chosen_steps,
+)
 from rl4med_ddpo.lightning_modules.rewards.base import Reward
 
 
@@ -62,12 +65,12 @@ class OnePassDDPO(DDPO):
         batch = min(self.sampler.batch, epoch.samples_per_rank)
         return epoch._replace(sample_batch=batch, one_pass=True)
 
-    def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> Means:
+    def accumulate(self, rollout: Rollout, passes: list[Pairs]) -> PolicyLoss:
         """Weight the collected gradients by the advantages, and hand them to autograd in one pass.
 
         The surrogate, a sum of weights times constants, has exactly these gradients.
         """
-        advantages, means = torch.zeros(len(rollout.index)), Means()
+        advantages = torch.zeros(len(rollout.index))
         for pairs in passes:
             advantages[pairs.row] = pairs.advantage
         share = -advantages.to(self.device) / rollout.log_probs[:, : self.trained_steps].numel()
@@ -78,8 +81,7 @@ class OnePassDDPO(DDPO):
             surrogate = surrogate + (layer.weight * gradient).sum()
         self.manual_backward(surrogate)
         log_probs = advantages.new_zeros(len(advantages))
-        means.add(clipped_policy_loss(log_probs, log_probs, advantages, self.clip_range))
-        return means
+        return clipped_policy_loss(log_probs, log_probs, advantages, self.clip_range)
 
 
 class OnePassSampler(RolloutSampler):
@@ -116,7 +118,7 @@ class OnePassSampler(RolloutSampler):
             self.gradients.clear()
         index = rollout.index[rows]
         steps = chosen_steps(index, self.window, self.trained, (self.seed, self.epoch, 0))
-        self.weights = torch.zeros(len(index), len(self.model.schedule)).scatter(1, steps, 1.0)
+        self.weights = torch.zeros(len(index), self.model.schedule.steps).scatter(1, steps, 1.0)
         layers = adapter_layers(self.model.unet)
         with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
             final = super().sample_batch(rollout, rows)

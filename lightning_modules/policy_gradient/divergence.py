@@ -26,13 +26,13 @@ def divergence_from_start(
         noise_keys: `(n,)` int64.
         load: Reads the U-Net that training started from, if the full U-Net is trained.
     """
-    walked = list(model.trajectory(prompts, noise_keys))
-    text, empty = model.embed(prompts), model.embed([""])[0]
-    total = torch.zeros(len(prompts), device=model.device)
+    transitions = list(model.trajectory(prompts, noise_keys))
+    text = model.embed(prompts)
+    total = torch.zeros(len(prompts), device=text.device)
     with model.before_training(load):
-        for transition in walked:
-            step = torch.full((len(prompts),), transition.step, device=model.device)
-            reference = model.guided_noise(transition.latents, step, text, empty)
+        for transition in transitions:
+            step = torch.full((len(prompts),), transition.step, device=text.device)
+            reference = model.predict_noise(transition.latents, step, text)
             total += model.schedule.divergence(
                 transition.latents, transition.noise, reference, step
             )

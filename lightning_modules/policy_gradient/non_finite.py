@@ -50,14 +50,15 @@ class Fault(NamedTuple):
 
 
 class SkippedUpdates:
-    """Counts skipped updates, and ends the run when too many come in a row."""
+    """Counts skipped updates, and ends the run when too many come in a row.
+
+    Attributes:
+        total: Skipped so far.
+        in_a_row: Skipped since the last update that was made; whoever makes one sets it to 0.
+    """
 
     def __init__(self) -> None:
         self.total = 0
-        self.in_a_row = 0
-
-    def passed(self) -> None:
-        """Count an update that was made."""
         self.in_a_row = 0
 
     def add(self, faults: list[Fault], file: Path, most: int) -> None:

@@ -1,16 +1,18 @@
-"""What a rollout leaves for the updates, and which of it each update trains on."""
+"""The samples of an epoch: how they are drawn and kept, and which of them each update trains on."""
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.randomness import generator, key
-from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
-from rl4med_ddpo.lightning_modules.rewards.base import Rewards
+from rl4med_ddpo.foundation.progress import progress
+from rl4med_ddpo.foundation.randomness import generator, key, keys
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion, Transition
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Rollout:
         latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
         log_probs: log p of each action under the policy that took it, `(n, T)` float32.
         scored: What the images of x_0 earned; the images themselves are not kept.
-        appearance: Their colour and layout, `(n, F)` in [0, 1].
+        appearance: Their colours on 8x8 pixels, `(n, 192)` in [0, 1].
     """
 
     index: Tensor
@@ -35,50 +37,82 @@ class Rollout:
     scored: Rewards
     appearance: Tensor
 
-    def transitions(self, row: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return states and actions, x_t and x_{t-1}, each `(P, C, h, w)` on the device.
 
-        Args:
-            row: Row of each, `(P,)` int64 on the CPU.
-            step: Index of its transition, `(P,)` int64 on the CPU.
-        """
-        device = self.log_probs.device
-        state, action = self.latents[row, step], self.latents[row, step + 1]
-        return state.to(device, non_blocking=True), action.to(device, non_blocking=True)
-
-    def keep(self, rows: slice, transition: Transition) -> Tensor:
-        """Store a transition of some samples, B of n, and return the state it leads to."""
-        if transition.step == 0:
-            self.latents[rows, 0] = transition.latents
-        self.latents[rows, transition.step + 1] = transition.previous
-        self.log_probs[rows, transition.step] = transition.log_prob.detach()
-        return transition.previous
-
-
-def empty_rollout(
-    index: Tensor, prompts: list[str], conditions: Tensor, shape: tuple[int, ...], on_host: bool
-) -> Rollout:
-    """Make room for the latents and log-probs of n samples, in one piece.
+class RolloutSampler:
+    """Draws this process's samples of an epoch: the sampling half of Algorithm 1.
 
     Args:
-        index: Global sample indices, `(n,)` int64.
-        prompts: n texts.
-        conditions: Multi-hot, `(n, A)`, on the device.
-        shape: `(T + 1, C, h, w)` of a sample's latents.
-        on_host: Keep the latents in the host's memory, pinned if the device is a GPU.
+        model: The policy.
+        reward: Scores each batch of images when it is drawn, so that no more images are in memory
+            than its own.
+        seed: Decides the noise together with the epoch and the samples' global indices.
+        batch: Images sampled at a time.
+        on_host: Keep the trajectories in the host's memory, pinned if the device is a GPU.
     """
-    n, device = len(index), conditions.device
-    kept = torch.device("cpu") if on_host else device
-    pinned = on_host and device.type == "cuda"
-    return Rollout(
-        index=index,
-        prompts=prompts,
-        conditions=conditions,
-        latents=torch.empty(n, *shape, device=kept, pin_memory=pinned),
-        log_probs=torch.empty(n, shape[0] - 1, device=device),
-        scored=Rewards(torch.empty(0, device=device), {}),
-        appearance=torch.empty(0, device=device),
-    )
+
+    def __init__(
+        self, model: LatentDiffusion, reward: Reward, seed: int, batch: int, on_host: bool
+    ) -> None:
+        self.model, self.reward = model, reward
+        self.seed, self.batch, self.on_host = seed, batch, on_host
+        self.epoch = 0
+
+    @torch.no_grad()
+    def collect(self, batch: dict[str, Any], mine: Tensor, epoch: int) -> Rollout:
+        """Draw samples with their intermediate states (Algorithm 1, line 4), and score them.
+
+        Args:
+            batch: Of all processes: `index` (global sample indices), `prompt` and `condition`.
+            mine: Rows of the batch that this process draws, `(n,)` int64.
+            epoch: Decides the noise too.
+        """
+        self.epoch = epoch
+        n, steps, device = len(mine), self.model.schedule.steps, self.model.schedule.sigma.device
+        conditions = batch["condition"][mine].to(device)
+        kept = torch.device("cpu") if self.on_host else device
+        rollout = Rollout(
+            index=batch["index"][mine],
+            prompts=[batch["prompt"][row] for row in mine.tolist()],
+            conditions=conditions,
+            latents=torch.empty(
+                (n, steps + 1, *self.model.latent_shape),
+                device=kept,
+                pin_memory=self.on_host and device.type == "cuda",
+            ),
+            log_probs=torch.empty(n, steps, device=device),
+            scored=Rewards(torch.empty(0, device=device), {}),
+            appearance=torch.empty(0, device=device),
+        )
+        scored, appearance = [], []
+        for first in range(0, n, self.batch):
+            rows = slice(first, first + self.batch)
+            images = self.model.decode(self.sample_batch(rollout, rows))
+            scored.append(self.reward(images, conditions[rows]))
+            appearance.append(F.adaptive_avg_pool2d(images, 8).flatten(1))
+        values, *named = zip(*scored, strict=True)
+        parts, terms = (
+            {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            for batches in named
+        )
+        earned = Rewards(torch.cat(values), parts, terms)
+        return replace(rollout, scored=earned, appearance=torch.cat(appearance))
+
+    def sample_batch(self, rollout: Rollout, rows: slice) -> Tensor:
+        """Sample some rows from x_T to x_0, keep every state, and return x_0, `(B, C, h, w)`."""
+        noise_keys = keys(self.seed, "rollout", self.epoch, rollout.index[rows])
+        done, total = rows.start * self.model.schedule.steps, rollout.log_probs.numel()
+        for transition in self.model.trajectory(rollout.prompts[rows], noise_keys):
+            if transition.step == 0:
+                rollout.latents[rows, 0] = transition.latents
+            rollout.latents[rows, transition.step + 1] = transition.previous
+            rollout.log_probs[rows, transition.step] = transition.log_prob.detach()
+            done += len(noise_keys)
+            progress.report("rollout", done, total)
+            self.after_step(transition, rows)
+        return transition.previous
+
+    def after_step(self, transition: Transition, rows: slice) -> None:
+        """Do nothing more; a sampler that takes gradients on the way overrides this."""
 
 
 def require_divisible(samples: int, updates: int, ranks: int) -> None:
@@ -91,15 +125,6 @@ def require_divisible(samples: int, updates: int, ranks: int) -> None:
             f"processes: samples_per_epoch must be a multiple of {parts}; the nearest are "
             f"{' and '.join(map(str, nearest))}"
         )
-
-
-def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """Shuffle the global sample indices of an epoch, `(M,)`.
-
-    Position p of the order belongs to rank p mod W. An update takes a run of consecutive positions,
-    so it trains on the same samples for any number of ranks W.
-    """
-    return torch.randperm(samples, generator=generator(key(seed, "order", epoch)))
 
 
 class Pairs(NamedTuple):
@@ -165,16 +190,15 @@ def plan_passes(
 
 def blank_rollout(steps: int, latent_shape: tuple[int, ...], device: torch.device) -> Rollout:
     """Return one sample of zeros, to try what a pass costs."""
-    rollout = empty_rollout(
-        torch.zeros(1, dtype=torch.long),
-        [""],
-        torch.zeros(1, 1, device=device),
-        (steps + 1, *latent_shape),
-        on_host=False,
+    return Rollout(
+        index=torch.zeros(1, dtype=torch.long),
+        prompts=[""],
+        conditions=torch.zeros(1, 1, device=device),
+        latents=torch.zeros(1, steps + 1, *latent_shape, device=device),
+        log_probs=torch.zeros(1, steps, device=device),
+        scored=Rewards(torch.zeros(1, device=device), {}),
+        appearance=torch.zeros(1, 192, device=device),
     )
-    rollout.latents.zero_()
-    rollout.log_probs.zero_()
-    return rollout
 
 
 def blank_pairs(n: int, steps: int) -> Pairs:

@@ -1,5 +1,7 @@
 """Rewards r(x_0, c) by a classifier: how well an image shows the attributes that were asked for."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
 def attribute_match(logits: Tensor, conditions: Tensor) -> Tensor:
     """Tell which attributes are as asked: `sigmoid(logit) > 0.5` equals the condition, `(B, H)`."""
     return (logits > 0) == conditions.bool()
+
+
+def attribute_probability(logits: Tensor, conditions: Tensor) -> Tensor:
+    """Return sigmoid(logit) where the attribute is asked for, and 1 less it elsewhere, `(B, H)`."""
+    return torch.where(conditions.bool(), logits, -logits).sigmoid()
 
 
 def attribute_weights(weights: dict[str, float], attributes: tuple[str, ...]) -> list[float]:
@@ -41,7 +48,12 @@ class AttributeMatch(Reward):
         classifier: Checkpoint of the reward network, six attributes.
         weights: How much an attribute counts beside the others, by name; those not named count 1.
             null counts all alike, as the paper does.
+
+    Attributes:
+        hits: How far each attribute is as asked, by logits and conditions, `(B, A)` in [0, 1].
     """
+
+    hits: Callable[[Tensor, Tensor], Tensor] = staticmethod(attribute_match)
 
     def __init__(
         self,
@@ -71,14 +83,11 @@ class AttributeMatch(Reward):
         self.network, self.attributes = Frozen(classifier), classifier.attributes
         self.weights = attribute_weights(self.given, self.attributes) if self.given else None
 
-    def hits(self, logits: Tensor, conditions: Tensor) -> Tensor:
-        """Tell how far each attribute is as asked, `(B, A)` in [0, 1]."""
-        return attribute_match(logits, conditions).float()
-
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images; the parts are the hits of each attribute, the terms what they earn."""
         with torch.autocast(images.device.type, enabled=False):
-            hits = self.hits(self.network(images.float()), conditions)
+            logits = self.network.module(images.float())
+        hits = self.hits(logits, conditions).float()
         if self.weights is None:
             value, earned = hits.mean(dim=1), hits / hits.shape[1]
         else:
@@ -102,6 +111,4 @@ class AttributeProbability(AttributeMatch):
         weights: How much an attribute counts beside the others, by name; those not named count 1.
     """
 
-    def hits(self, logits: Tensor, conditions: Tensor) -> Tensor:
-        """Return sigmoid(logit) where the attribute is asked for, and 1 less it elsewhere."""
-        return torch.where(conditions.bool(), logits, -logits).sigmoid()
+    hits = staticmethod(attribute_probability)

@@ -1,12 +1,6 @@
 """How much the images of one prompt differ from each other: a term against mode collapse."""
 
 from torch import Tensor
-from torch.nn import functional as F
-
-
-def layout(images: Tensor, side: int = 8) -> Tensor:
-    """Shrink images `(B, 3, H, W)` in [0, 1] to colour and layout, `(B, 3 side^2)` in [0, 1]."""
-    return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
 def group_diversity(features: Tensor, groups: Tensor) -> Tensor:

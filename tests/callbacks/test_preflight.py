@@ -41,9 +41,9 @@ def test_before_the_first_rollout_the_table_says_what_the_run_then_does(
     done = []
 
     class Counted(RecordedDDPO):
-        def order(self, batch):
+        def training_step(self, batch, batch_idx):
             done.append(caplog.text.count("An epoch of DDPO"))
-            return super().order(batch)
+            super().training_step(batch, batch_idx)
 
         def accumulate(self, rollout, passes):
             self.passes_made = len(passes)

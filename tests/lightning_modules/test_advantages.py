@@ -3,7 +3,7 @@ import statistics
 import pytest
 import torch
 
-from rl4med_ddpo.lightning_modules.policy_gradient.advantages import RewardWindow, group_advantages
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import RewardWindow, group_advantages
 
 
 def k_sixths(seed, n):

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch.distributions import Normal, kl_divergence
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import generator
-from rl4med_ddpo.lightning_modules.diffusion.ddim import DDIMSchedule, initial_latents
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import DDIMSchedule
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,
@@ -23,8 +24,8 @@ def scheduler(**options):
 
 
 def trajectory(schedule, predict, latents, generators):
-    """Each transition in turn, as the model walks."""
-    for step in range(len(schedule)):
+    """Each transition in turn, as the model draws them."""
+    for step in range(schedule.steps):
         noise = predict(latents, torch.full((len(latents),), step))
         transition = schedule.draw(latents, noise, step, generators)
         yield transition
@@ -57,7 +58,7 @@ def test_the_trajectory_is_that_of_diffusers_pipeline():
         return 0.9 * latents + 0.01 * schedule.timesteps[step].view(-1, 1, 1, 1) / 1000
 
     generators = [generator(k) for k in (3, 4)]
-    latents = initial_latents((4, 8, 8), generators)
+    latents = randn_tensor((len(generators), 4, 8, 8), generators)
     *_, last = trajectory(schedule, predict, latents, generators)
     again = [generator(k) for k in (3, 4)]
     expected = torch.stack([torch.randn(4, 8, 8, generator=g) for g in again])
@@ -110,7 +111,7 @@ def test_divergence_is_the_mean_of_that_of_normals():
 def test_actions_are_drawn_from_the_density_they_are_scored_by():
     schedule = DDIMSchedule(scheduler(), 5)
     generators = [generator(k) for k in range(8)]
-    latents = initial_latents((4, 16, 16), generators)
+    latents = randn_tensor((len(generators), 4, 16, 16), generators)
     transitions = list(trajectory(schedule, lambda x, step: 0.5 * x, latents, generators))
     assert [t.step for t in transitions] == [0, 1, 2, 3, 4]
     for i, transition in enumerate(transitions):
@@ -130,7 +131,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
     def final(keys):
         generators = [generator(k) for k in keys]
-        latents = initial_latents((4, 8, 8), generators)
+        latents = randn_tensor((len(generators), 4, 8, 8), generators)
         *_, last = trajectory(schedule, lambda x, step: 0.5 * x, latents, generators)
         return last.previous
 
@@ -144,7 +145,7 @@ def test_the_tables_follow_the_module_and_stay_out_of_checkpoints():
     schedule = DDIMSchedule(scheduler(), 5)
     assert schedule.state_dict() == {}
     assert schedule.to("meta").sigma.device.type == "meta"
-    assert len(schedule) == 5
+    assert schedule.steps == 5
 
 
 @pytest.mark.parametrize(

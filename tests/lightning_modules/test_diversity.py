@@ -1,6 +1,6 @@
 import torch
 
-from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity, layout
+from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
 
 
 def test_against_a_slow_loop():
@@ -16,17 +16,13 @@ def test_against_a_slow_loop():
 def test_equal_images_have_none_and_the_odd_one_has_most():
     images = torch.full((5, 3, 16, 16), 0.3)
     images[4] = 0.8
-    found = group_diversity(layout(images), torch.zeros(5, dtype=torch.long))
+    found = group_diversity(images.flatten(1), torch.zeros(5, dtype=torch.long))
     assert found[4].item() > found[0].item() > 0
     torch.testing.assert_close(found[4], torch.tensor(0.5))
-    assert group_diversity(layout(images[:4]), torch.zeros(4, dtype=torch.long)).tolist() == [0] * 4
+    assert (
+        group_diversity(images[:4].flatten(1), torch.zeros(4, dtype=torch.long)).tolist() == [0] * 4
+    )
 
 
 def test_a_sample_alone_in_its_group_has_none():
     assert group_diversity(torch.rand(3, 4), torch.arange(3)).tolist() == [0, 0, 0]
-
-
-def test_a_layout_is_the_mean_colour_of_each_cell():
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    cells = layout(images).view(2, 3, 8, 8)
-    torch.testing.assert_close(cells[1, 2, 3, 5], images[1, 2, 6:8, 10:12].mean())

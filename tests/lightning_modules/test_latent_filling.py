@@ -20,7 +20,7 @@ class Counted(StableDiffusion):
     def configure_model(self):
         if not hasattr(self, "model"):
             super().configure_model()
-            encode, read = self.model.vae.module.encode, self.model.text_encoder.forward
+            encode, read = self.model.vae.module.encode, self.model.text_encoder.module.forward
 
             def counted(images, **options):
                 self.encoded += len(images)
@@ -31,7 +31,7 @@ class Counted(StableDiffusion):
                 return read(ids)
 
             self.model.vae.module.encode = counted
-            self.model.text_encoder.forward = counted_text
+            self.model.text_encoder.module.forward = counted_text
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.policy_gradient.loss import (
-    Means,
+from rl4med_ddpo.lightning_modules.policy_gradient.objective import (
     clipped_policy_loss,
     require_unit_ratio,
 )
@@ -84,34 +83,3 @@ def test_an_asymmetric_clip_holds_each_side_at_its_own():
         (gradient,) = torch.autograd.grad(result.loss.sum(), log_ratios)
         assert [value != 0 for value in gradient.tolist()] == live
         assert [not clipped for clipped in result.clipped.tolist()] == live
-
-
-def test_means_are_those_of_all_pairs_together():
-    draw = torch.Generator().manual_seed(0)
-    results = [
-        clipped_policy_loss(
-            torch.randn(n, generator=draw) * 0.1, torch.zeros(n), torch.randn(n, generator=draw),
-            (CLIP, CLIP),
-        ).penalised(torch.rand(n, generator=draw), 0.5)
-        for n in (3, 5, 4)
-    ]  # fmt: skip
-    first, second = Means(), Means()
-    for result, means in zip(results, (first, first, second), strict=True):
-        means.add(result)
-    found = Means.over([first, second])
-    columns = {"loss": "loss", "clip_fraction": "clipped", "approximate_kl": "approximate_kl"}
-    for name, column in (columns | {"reference_kl": "reference_kl"}).items():
-        every = torch.cat([getattr(result, column).float() for result in results])
-        assert found[name].item() == pytest.approx(every.mean().item(), rel=1e-5)
-    ratios = torch.cat([result.ratio for result in results[:2]])
-    assert first.deviation.item() == pytest.approx((ratios - 1).abs().max().item())
-    of_first = (results[0].ratio - 1).abs().max()
-    assert first.first_deviation.item() == pytest.approx(of_first.item())
-
-
-def test_a_nan_shows_in_the_deviation():
-    means = Means()
-    for value in (0.0, math.nan, 0.0):
-        one = torch.tensor([value])
-        means.add(clipped_policy_loss(one, torch.zeros(1), torch.ones(1), (CLIP, CLIP)))
-    assert math.isnan(means.deviation.item())

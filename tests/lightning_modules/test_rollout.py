@@ -2,13 +2,10 @@ import pytest
 import torch
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.diffusion.ddim import Transition
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     chosen_steps,
-    empty_rollout,
     plan_passes,
     require_divisible,
-    sample_order,
 )
 
 LIVE = {
@@ -68,27 +65,6 @@ def test_steps_are_drawn_without_replacement_for_each_sample_anew():
 def test_steps_come_from_the_window_alone():
     steps = chosen_steps(torch.arange(40), (3, 7), 2, (42, 0, 0))
     assert set(steps.flatten().tolist()) == {3, 4, 5, 6}
-
-
-def test_the_order_is_a_permutation_of_its_own_for_each_epoch():
-    orders = [sample_order(64, 42, epoch) for epoch in range(3)]
-    assert all(sorted(order.tolist()) == list(range(64)) for order in orders)
-    assert not torch.equal(orders[0], orders[1])
-    assert torch.equal(orders[2], sample_order(64, 42, 2))
-
-
-def test_every_state_and_density_is_kept():
-    start = torch.zeros(2, 4, 8, 8)
-    walk = [Transition(i, start + i, start + i + 1, torch.tensor([i, -i]), start) for i in range(3)]
-    rollout = empty_rollout(
-        torch.arange(3), ["a", "b", "c"], torch.zeros(3, 6), (4, 4, 8, 8), on_host=True
-    )
-    for transition in walk:
-        final = rollout.keep(slice(1, 3), transition)
-    assert torch.equal(final, start + 3)
-    assert rollout.latents.shape == (3, 4, 4, 8, 8)
-    assert rollout.latents[2, :, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert rollout.log_probs[1:].tolist() == [[0, 1, 2], [0, -1, -2]]
 
 
 @pytest.mark.parametrize(

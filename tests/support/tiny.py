@@ -15,17 +15,21 @@ class RecordedDDPO(DDPO):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.rollouts, self.orders, self.given, self.steps_taken = [], [], [], []
+        advantages = self.advantages
 
-    def order(self, batch):
-        self.orders.append(super().order(batch))
-        return self.orders[-1]
+        def recorded(*args):
+            self.given.append(advantages(*args))
+            return self.given[-1]
+
+        self.advantages = recorded
 
     def make_sampler(self):
         sampler = super().make_sampler()
         collect = sampler.collect
 
-        def collected(*args):
-            self.rollouts.append(collect(*args))
+        def collected(batch, mine, epoch):
+            self.orders.append(batch["index"][mine])
+            self.rollouts.append(collect(batch, mine, epoch))
             return self.rollouts[-1]
 
         sampler.collect = collected
@@ -34,10 +38,6 @@ class RecordedDDPO(DDPO):
     def rescored(self, *args):
         self.rollouts[-1] = super().rescored(*args)
         return self.rollouts[-1]
-
-    def advantages(self, *args):
-        self.given.append(super().advantages(*args))
-        return self.given[-1]
 
     def on_before_optimizer_step(self, optimizer):
         weights = [p.detach().clone() for p in self.trained_parameters()]
