@@ -6,6 +6,7 @@ from typing import Any, Literal
 import lightning as L
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -22,6 +23,25 @@ from rl4med_ddpo.fault_tolerance.tensorboard_resume import Curves
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.metrics.leaks import find_leaks, require_no_leaks
+
+DEFAULTS = {
+    "trainer.default_root_dir": ".",
+    "trainer.logger": {
+        "class_path": "TensorBoardLogger",
+        "init_args": {
+            "save_dir": "${...default_root_dir}",
+            "name": "tensorboard",
+            "version": "",
+            "default_hp_metric": False,
+        },
+    },
+    "newest_checkpoint.dirpath": "${..trainer.default_root_dir}/checkpoints",
+    "newest_checkpoint.filename": "newest",
+    "newest_checkpoint.save_last": "link",
+    "newest_checkpoint.save_on_train_epoch_end": True,
+    "newest_checkpoint.enable_version_counter": False,
+}
+"""What every run writes unless told otherwise: curves, and its newest state to resume from."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -132,9 +152,11 @@ class CommandLine(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks that every run has and that have options of their own."""
+        """Add what every run has and what has options of its own: callbacks and the logger."""
         parser.add_lightning_class_args(Resume, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(ModelCheckpoint, "newest_checkpoint")
+        parser.set_defaults(DEFAULTS)
         # what the data's conditions mean; models that do not ask for it are left alone
         parser.link_arguments("data.init_args.vocabulary", "model.init_args.vocabulary")
 
@@ -170,6 +192,17 @@ class CommandLine(LightningCLI):
         resume = next(c for c in trainer.callbacks if isinstance(c, Resume))
         resume.settings = settings_of(self.config[self.subcommand].as_dict())
         return trainer
+
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[L.Callback]
+    ) -> L.Trainer:
+        """Leave out the newest checkpoint where none is wanted, or where the run keeps its own."""
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        keeps = any(isinstance(c, ModelCheckpoint) and c.monitor is None for c in own)
+        if keeps or config["enable_checkpointing"] is False:
+            callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""

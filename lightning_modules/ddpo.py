@@ -582,7 +582,6 @@ class DDPO(TextToImage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
-        super().on_load_checkpoint(checkpoint)
         self.window.history = checkpoint["reward_window"]
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):

@@ -29,6 +29,10 @@ class TextToImage(L.LightningModule):
     hparams: AttributeDict
     trainer: Trainer
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_rename_former_weights)
+
     @classmethod
     def load_from_checkpoint(
         cls, checkpoint_path: str | Path, weights_only: bool = True, **options: Any
@@ -95,14 +99,10 @@ class TextToImage(L.LightningModule):
         names = ("text_encoder", "vae", "unet", "schedule")
         return {name: getattr(self.model, name) for name in names}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read checkpoints of before 0.2 too."""
-        # of averaged weights a checkpoint has both
-        for part in ("state_dict", "current_model_state"):
-            if part in checkpoint:
-                checkpoint[part] = with_current_keys(checkpoint[part])
 
-
-def with_current_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights of before 0.2 today's keys: `unet.*` is `model.unet.*`."""
-    return {f"model.{k}" if k.startswith("unet.") else k: tensor for k, tensor in state.items()}
+def _rename_former_weights(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Read weights of before 0.2: what is `model.unet.*` today was `unet.*` then."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}unet.")]:
+        state_dict[f"{prefix}model.{name.removeprefix(prefix)}"] = state_dict.pop(name)

@@ -17,7 +17,7 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import keys
 from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyObjective
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import Pairs, Rollout
-from rl4med_ddpo.lightning_modules.text_to_image import TextToImage, with_current_keys
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 
 FOLDER = "non_finite"
 REDRAW_SETTINGS = (
@@ -170,7 +170,7 @@ def draw_again(policy: TextToImage, file: Path) -> Tensor:
     if other:
         wanted = ", ".join(f"{name}={kept[name]!r}" for name in names)
         raise UserError(f"{file} was drawn with {wanted}; the policy given has {', '.join(other)}")
-    policy.load_state_dict(with_current_keys(kept["weights"]))
+    policy.load_state_dict(kept["weights"])
     faults = kept["faults"]
     index = torch.tensor([fault["index"] for fault in faults])
     noise_keys = keys(kept["seed"], "rollout", kept["epoch"], index)

@@ -1,4 +1,7 @@
+import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 from rl4med_ddpo.callbacks import Export
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
@@ -59,3 +62,23 @@ def test_training_leaves_the_card_and_test_adds_the_scores(
     # the scores of one folder do not make a card in another
     Export(str(tmp_path / "other")).on_test_end(trainer(), module)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_best_weights_of_before_0_2_are_exported(tiny_pipeline, tiny_classifiers, tmp_path):
+    best = ModelCheckpoint(tmp_path, "best", monitor="reward/mean", mode="max")
+    folders = [tmp_path / name for name in ("now", "before")]
+    export = Export(str(folders[0]))
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[best, export]
+    )
+    module = tiny_ddpo(tiny_pipeline, tiny_classifiers)
+    trainer.fit(module, prompts())
+    checkpoint = torch.load(best.best_model_path, weights_only=True)
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {k.removeprefix("model."): tensor for k, tensor in state.items()}
+    torch.save(checkpoint, best.best_model_path)
+    export.dirpath = folders[1]
+    export.on_fit_end(trainer, module)
+    now, before = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders)
+    assert now.keys() == before.keys()
+    assert all(torch.equal(now[name], before[name]) for name in now)

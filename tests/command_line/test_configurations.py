@@ -1,0 +1,97 @@
+"""What every shipped configuration says of its keys, and what a run has without being told."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from rl4med_ddpo.command_line.parser import CONFIGS
+from support.command_line import ddpo, in_process
+
+NEWEST = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {
+        "dirpath": "${trainer.default_root_dir}/checkpoints", "filename": "newest",
+        "save_last": "link", "save_on_train_epoch_end": True, "enable_version_counter": False,
+    },
+}  # fmt: skip
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {
+        "save_dir": "${trainer.default_root_dir}", "name": "tensorboard", "version": "",
+        "default_hp_metric": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_key_with_a_value_has_a_comment(path):
+    silent = [
+        f"{number}: {line.strip()}"
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.match(r"\s*(- )?\w+: *[^#\s]", line) and " # " not in line
+    ]
+    assert not silent
+
+
+def test_of_a_key_without_a_comment_it_would_be_told():
+    assert re.match(r"\s*(- )?\w+: *[^#\s]", "    steps: 50")
+    assert not re.match(r"\s*(- )?\w+: *[^#\s]", "  init_args:   # of the model")
+
+
+def built(tmp_path, pipeline, classifiers, *args):
+    """The trainer of a command that ends before its first batch."""
+    given = ddpo(tmp_path / "run", pipeline, classifiers)
+    return in_process(*given, *args, "--trainer.max_epochs=0").trainer
+
+
+def newest(trainer):
+    return [c for c in trainer.checkpoint_callbacks if c.monitor is None]
+
+
+def test_a_run_writes_curves_and_its_newest_state(tiny_pipeline, tiny_classifiers, tmp_path):
+    trainer = built(tmp_path, tiny_pipeline, tiny_classifiers)
+    assert [type(logger) for logger in trainer.loggers] == [TensorBoardLogger]
+    assert Path(trainer.log_dir) == tmp_path / "run" / "tensorboard"
+    (kept,) = newest(trainer)
+    assert (kept.dirpath, kept.filename) == (str(tmp_path / "run" / "checkpoints"), "newest")
+    # the best one is written first, so that the newest knows of it
+    assert trainer.checkpoint_callbacks[-1] is kept
+
+
+def test_either_can_be_replaced_or_left_out(tiny_pipeline, tiny_classifiers, tmp_path):
+    trainer = built(
+        tmp_path, tiny_pipeline, tiny_classifiers, "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=csv", "--newest_checkpoint.every_n_train_steps=5",
+    )  # fmt: skip
+    assert [type(logger) for logger in trainer.loggers] == [CSVLogger]
+    assert newest(trainer)[0]._every_n_train_steps == 5
+    (tmp_path / "none.yaml").write_text("trainer: {callbacks: null}")
+    trainer = built(
+        tmp_path, tiny_pipeline, tiny_classifiers, f"--config={tmp_path / 'none.yaml'}",
+        "--trainer.logger=false", "--trainer.enable_checkpointing=false",
+    )  # fmt: skip
+    assert trainer.loggers == trainer.checkpoint_callbacks == []
+
+
+def test_a_configuration_that_lists_both_as_before_has_one_of_each(
+    tiny_pipeline, tiny_classifiers, tmp_path
+):
+    before = {"trainer": {"logger": LOGGER, "callbacks": [NEWEST]}}
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(before))
+    trainer = built(
+        tmp_path, tiny_pipeline, tiny_classifiers, f"--config={tmp_path / 'before.yaml'}"
+    )
+    assert len(trainer.loggers) == len(newest(trainer)) == 1
+    default = built(tmp_path, tiny_pipeline, tiny_classifiers)
+    # a checkpoint keeps the state of a callback under this name
+    assert newest(trainer)[0].state_key == newest(default)[0].state_key
+    assert isinstance(newest(trainer)[0], ModelCheckpoint)
