@@ -1,4 +1,4 @@
-"""The command line from a clone: `python run.py fit --config ddpo.yaml`; see `command_line`."""
+"""The command line from a clone: `rl4med-ddpo fit --config ddpo.yaml`; see `command_line`."""
 
 import sys
 from pathlib import Path

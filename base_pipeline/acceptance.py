@@ -3,7 +3,7 @@ r"""Measure what the base must be good at before anything is built on it.
     python -m rl4med_ddpo.base_pipeline.acceptance --pipeline assets/base \
         --reader runs/base/reader/checkpoints/last.ckpt
 
-Images are drawn anew, balanced over the 32 combinations, and read by a classifier that had no part
+Images are drawn again, balanced over the 32 combinations, and read by a classifier that had no part
 in the training of the base. Prints JSON.
 """
 

@@ -21,7 +21,7 @@ def assemble(unet: Path, autoencoder: Path, images: Path, folder: Path, seed: in
     Args:
         unet: Pipeline folder that gives the U-Net and all else.
         autoencoder: Pipeline folder that gives the autoencoder.
-        images: Folder of JPEG images, to which the decoder's last convolution is fitted anew.
+        images: Folder of JPEG images, to which the decoder's last convolution is fitted again.
         folder: Folder to write.
         seed: Of the fit's latents.
     """

@@ -26,7 +26,7 @@ from rl4med_ddpo.base_pipeline.linear_codec import start_from_linear_codec
 from rl4med_ddpo.datamodules.images import read_image
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
-from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
+from rl4med_ddpo.lightning_modules.pipelines.source import WITHOUT_SAFETY_CHECKER
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -67,7 +67,7 @@ def build_pipeline(
                 text_width,
             ),
             scheduler=stable_diffusion_scheduler(),  # pyright: ignore[reportArgumentType]
-            **LEFT_OUT,
+            **WITHOUT_SAFETY_CHECKER,
         )
 
 

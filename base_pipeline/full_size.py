@@ -21,7 +21,7 @@ from rl4med_ddpo.base_pipeline.build import (
     stable_diffusion_scheduler,
 )
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
-from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
+from rl4med_ddpo.lightning_modules.pipelines.source import WITHOUT_SAFETY_CHECKER
 
 LEVELS = 4
 
@@ -84,7 +84,7 @@ def build_full_size(folder: Path, seed: int = 0, divisor: int = 1) -> None:
         tokenizer=tokenizer,
         unet=full_size_unet(divisor),
         scheduler=stable_diffusion_scheduler(),  # pyright: ignore[reportArgumentType]
-        **LEFT_OUT,
+        **WITHOUT_SAFETY_CHECKER,
     )
     save_pipeline(pipeline, folder)
 

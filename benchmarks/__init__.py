@@ -1,1 +1,1 @@
-"""What is measured beside the peers: each module prints JSON."""
+"""Measurements in comparison with the peers: each module prints JSON."""

@@ -3,7 +3,7 @@
     python -m benchmarks.tiny_pipeline runs/benchmarks/tiny
     python -m benchmarks.ddpo runs/benchmarks/tiny
 
-Everything is what `python run.py fit` runs; only clocks are added. Needed is a folder in the
+Everything is what `rl4med-ddpo fit` runs; only clocks are added. Needed is a folder in the
 diffusers layout, no classifier: the reward is the image's brightness, which every tool can earn.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.measure import Epoch, Stopwatch, now, peak_flops, peak_memory, s
 from benchmarks.options import PROMPT, ddpo_parser, parsed
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.lightning_modules import DDPO, Brightness, OnePassDDPO
-from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
 
 PRECISIONS: dict[str, tuple[Any, torch.dtype]] = {
     "32": ("32-true", torch.float32),
@@ -45,7 +45,7 @@ class Timed(DDPO):
         self.phases, self.parts = Stopwatch(), Stopwatch()
         self.deviations: list[float] = []
 
-    def needs(self, stage: str) -> list[Need]:
+    def prerequisites(self, stage: str) -> list[Prerequisite]:
         """Nothing: there is no judge."""
         return []
 

@@ -1,4 +1,4 @@
-"""Fine-tuning beside the loop of diffusers' text-to-image script, on one pipeline and one folder.
+"""Fine-tuning next to the loop of diffusers' text-to-image script, on one pipeline and folder.
 
     python -m benchmarks.stable_diffusion --pipeline assets/base --root FOLDER --size 64
 

@@ -43,12 +43,12 @@ from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
 
 class Evaluation(Callback):
-    """Scores the images of the SampleFolder when `test` ends, beside the real test images.
+    """Scores the SampleFolder's images when `test` ends, and compares them with real test images.
 
     Writes `results/metrics.json` in the run folder, with each number's n, 95% interval, network and
     what it rests on, and beside it the leakage matrix and the nearest training images. What needs
     real images is left out, and says so, when the data module has no root; FID, KID and LPIPS
-    when their networks' weights are not to be had.
+    when their networks' weights are not available.
 
     Args:
         inception: File of Inception weights for FID and KID; null looks in torch's cache, then
@@ -93,7 +93,7 @@ class Evaluation(Callback):
         leakage_figure({results["model"]: matrix}, folder / "leakage.png", self.vocabulary)
         path = write_results(trainer.default_root_dir, results)
         missing = "".join(
-            f"\n  not to be had: {why}" for why in dict.fromkeys(self.unavailable.values())
+            f"\n  not computed: {why}" for why in dict.fromkeys(self.unavailable.values())
         )
         rank_zero_info(f"scores of {len(manifest):,} samples in {path}{missing}")
 
@@ -126,10 +126,12 @@ class Evaluation(Callback):
     ) -> dict[str, Any]:
         """Compare the samples with real images; every process takes part."""
         sets = self._image_sets(manifest, data)
-        looks = [*self.networks.values(), _thumbnails, _read_by(pl_module.scorer.judge)]
+        extractors = [*self.networks.values(), _thumbnails, _read_by(pl_module.scorer.judge)]
         workers = data.num_workers
         found = {
-            name: extract(sets[name], looks if name != "train" else [_thumbnails], trainer, workers)
+            name: extract(
+                sets[name], extractors if name != "train" else [_thumbnails], trainer, workers
+            )
             for name in ("fake", "test", "train")
         }
         fake_prompts = prompt_numbers(manifest, self.vocabulary)

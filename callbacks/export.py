@@ -68,7 +68,7 @@ class Export(Callback):
             None,
         )  # fmt: skip
         if best is None:
-            rank_zero_info("no checkpoint was scored, so the last weights stand for the best")
+            rank_zero_info("no checkpoint was scored, so the last weights are exported as the best")
             return
         checkpoint = read_checkpoint(Path(best.best_model_path))
         pl_module.load_state_dict(checkpoint["state_dict"])

@@ -1,4 +1,4 @@
-"""The networks that evaluation looks through: the judge's features, Inception, LPIPS's AlexNet."""
+"""Feature extractors for evaluation: the judge's features, Inception, LPIPS's AlexNet."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
-from rl4med_ddpo.lightning_modules.pipelines.hub import within
+from rl4med_ddpo.lightning_modules.pipelines.hub import run_with_timeout
 
 TIMEOUT = 4.0
 
@@ -65,7 +65,7 @@ class Weights:
         try:
             self.cached.parent.mkdir(parents=True, exist_ok=True)
             # resolving a name knows no time limit of its own
-            within(TIMEOUT, lambda: socket.getaddrinfo(urlsplit(self.url).hostname, None))
+            run_with_timeout(TIMEOUT, lambda: socket.getaddrinfo(urlsplit(self.url).hostname, None))
             with _patience(TIMEOUT):
                 digits = self.cached.stem.rpartition("-")[2]
                 torch.hub.download_url_to_file(self.url, str(self.cached), digits, progress=False)
@@ -133,7 +133,7 @@ def inception_features(given: str | None = None) -> FeatureNetwork:
         given: File of weights; else torch's cache, else their server.
 
     Raises:
-        Unavailable: if the weights are not to be had.
+        Unavailable: if the weights are not available.
     """
     path = INCEPTION.find(given)
     # torch-fidelity itself would unpickle anything
@@ -154,7 +154,7 @@ def lpips_network(given: str | None = None) -> lpips.LPIPS:
         given: File of torchvision's AlexNet; else torch's cache, else its server.
 
     Raises:
-        Unavailable: if the trunk's weights are not to be had.
+        Unavailable: if the trunk's weights are not available.
     """
     path = ALEXNET.find(given)
     state = read_checkpoint(path)

@@ -32,7 +32,7 @@ class Predictions(Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: AttributeClassifier) -> None:
-        """Start anew."""
+        """Start from scratch."""
         self.rows = []
 
     def on_test_batch_end(
@@ -72,7 +72,7 @@ class Predictions(Callback):
         path = write_results(
             trainer.default_root_dir, self._results(trainer, pl_module, len(found))
         )
-        rank_zero_info(f"predictions of {len(found):,} test images beside {path}")
+        rank_zero_info(f"predictions of {len(found):,} test images next to {path}")
 
     def _results(self, trainer: Trainer, pl_module: AttributeClassifier, n: int) -> dict[str, Any]:
         data = trainer.datamodule

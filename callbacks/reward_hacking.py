@@ -60,7 +60,7 @@ class RewardHacking(EarlyStopping):
         monitor: Logged score of the judge on the same images.
         patience: Epochs that it must last, from the first such validation on.
         min_rise: Least rise of the reward, from where it stood at the judge's best, that counts.
-        min_fall: Least fall of the judge from its best that counts. Wants to lie above its noise:
+        min_fall: Least fall of the judge from its best that counts. Should lie above its noise:
             with n images and a rate p about 2 sqrt(p (1 - p) / n), 0.06 for 256 images at p = 0.6.
     """
 

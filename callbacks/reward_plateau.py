@@ -48,7 +48,7 @@ class RewardPlateau(EarlyStopping):
     Args:
         monitor: Logged metric, one value an epoch.
         min_delta: Change of the windowed mean below which an epoch is quiet, in units of the
-            metric. Wants to lie above the noise, sd of an epoch's mean x sqrt(2 / window), and
+            metric. Should lie above the noise, sd of an epoch's mean x sqrt(2 / window), and
             below what a run that still learns gains in `window` epochs.
         patience: Quiet epochs in a row that stop the run.
         window: Epochs in each mean.

@@ -21,7 +21,7 @@ from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.samples import Samples
 
 SETTINGS = "settings.json"
-DECIDING = ("seed", "steps", "eta", "guidance", "sample_batch")
+SAMPLER_SETTINGS = ("seed", "steps", "eta", "guidance", "sample_batch")
 """Hyperparameters that decide what an image looks like, to the last bit."""
 
 
@@ -200,7 +200,7 @@ def _ids(batch: dict[str, Any]) -> list[str]:
 def settings_of(trainer: L.Trainer, module: DDPO) -> dict[str, Any]:
     """Return what decides the images and their scores: the sampler and each network's digest."""
     return {
-        **{name: module.hparams[name] for name in DECIDING},
+        **{name: module.hparams[name] for name in SAMPLER_SETTINGS},
         "precision": str(trainer.precision),
         "device": module.device.type,
         "reward": type(module.reward).__name__,

@@ -17,9 +17,9 @@ from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
-from rl4med_ddpo.fault_tolerance.run_folder import Room, claim
+from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck, claim
 from rl4med_ddpo.fault_tolerance.settings import settings_of
-from rl4med_ddpo.fault_tolerance.tensorboard_resume import Curves
+from rl4med_ddpo.fault_tolerance.tensorboard_resume import TensorBoardResume
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.metrics.leaks import find_leaks, require_no_leaks
@@ -45,7 +45,7 @@ DEFAULTS = {
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration of each subcommand beside the run: `config_fit.yaml`, ..."""
+    """Saves the configuration of each subcommand in the run folder: `config_fit.yaml`, ..."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the file on rank 0, replacing that of an earlier run of the same subcommand."""
@@ -74,8 +74,8 @@ class Trainer(L.Trainer):
             train_dataloaders: Not used: the data module has them.
             val_dataloaders: Not used: the data module has them.
             datamodule: The data to train on.
-            ckpt_path: `last` goes on from the run folder's newest whole checkpoint if there is
-                one; null starts anew.
+            ckpt_path: `last` resumes from the run folder's newest whole checkpoint if there is
+                one; null starts from scratch.
         """
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
         ckpt_path = resume.start_from(self, model, ckpt_path)
@@ -172,7 +172,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
-        always: list[L.Callback] = [Room(), Curves(), Preflight()]
+        always: list[L.Callback] = [DiskSpaceCheck(), TensorBoardResume(), Preflight()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
             always.append(callbacks.InnerProgressBar())
         self.trainer_defaults = {"callbacks": always}

@@ -1,6 +1,6 @@
 """The whole command line: `rl4med-ddpo fit|validate|test|predict|describe --config NAME.yaml`.
 
-And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
+And `rl4med-ddpo report RUN...` on what those left. `rl4med-ddpo` is the same.
 """
 
 import os
@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> CommandLine | Path:
     given = sys.argv[1:] if args is None else args
     _refuse_former_variable()
     if given and given[0] == "report":
-        asked = report_parser(prog="run.py report").parse_args(given[1:])
+        asked = report_parser(prog="rl4med-ddpo report").parse_args(given[1:])
         written = report(run_folders(asked.runs), asked.output)
         rank_zero_info(f"report in {written}")
         return written
@@ -85,7 +85,7 @@ def _command_line(args: list[str] | None) -> CommandLine:
             "version": __version__,
             "allow_abbrev": False,
             "description": "Fine-tune Stable Diffusion, and align it with its prompts by DDPO.",
-            "epilog": "And `run.py report RUN...`: tables and figures of finished runs.",
+            "epilog": "And `rl4med-ddpo report RUN...`: tables and figures of finished runs.",
         },
         args=args,
     )

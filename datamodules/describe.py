@@ -16,7 +16,7 @@ PAPER_REAL_SAMPLES = {"MEL": (543, 260, 4, 440), "NV": (3051, 489, 21, 520)}
 
 
 def is_papers(vocabulary: Vocabulary) -> bool:
-    """Tell whether the attributes are the paper's, so that its counts can stand beside ours."""
+    """Tell whether the attributes are the paper's, so that its counts can be compared with ours."""
     return vocabulary.attributes == DERMOSCOPY.attributes
 
 

@@ -19,7 +19,7 @@ class ExtraImages:
     """What to add to the training split; validation and test stay real.
 
     Args:
-        source: Folder of samples that `run.py predict` wrote, labelled by their prompts; or
+        source: Folder of samples that `rl4med-ddpo predict` wrote, labelled by their prompts; or
             `train` for real training images drawn again (oversampling).
         per_subgroup: Images to add for each of the 32 combinations of a disease and artifacts.
     """
@@ -67,7 +67,7 @@ def extra_rows(
     if few:
         raise UserError(
             f"{folder} has fewer than {extra.per_subgroup} images of {len(few)} subgroup(s): "
-            f"{name_few(few)}.\n  Lower extra.per_subgroup, or draw more: python run.py predict "
+            f"{name_few(few)}.\n  Lower extra.per_subgroup, or draw more: rl4med-ddpo predict "
             "--data.test_samples_per_prompt N"
         )
     chosen = np.concatenate([found[: extra.per_subgroup] for found in rows])

@@ -20,7 +20,7 @@ Progress = Callable[[Iterable[bool], int], Iterable[bool]]
 
 
 class ResizedCopies(Dataset[bool]):
-    """Copies of image files; a file that was replaced since is copied anew.
+    """Copies of image files; a file that was replaced since is copied again.
 
     Args:
         root: Folder of the copies, which several experiments may share.

@@ -75,7 +75,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, key: int) -> dict[str, Tensor | str]:
-        """Read image `key % len(self)`; greater keys are further draws of it, flipped anew."""
+        """Read image `key % len(self)`; greater keys are further draws of it, flipped again."""
         row, flips = key % len(self), self.flips(key)
         if self.latents is None:
             shown = {"image": self.distort(self.image(row, flips), key)}

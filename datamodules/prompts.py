@@ -71,7 +71,7 @@ class ISICPromptDataModule(ISICDataModule):
     Args:
         root: Folder of ISIC 2019, needed for `prompts: train` and for the real images only.
         prompts: `balanced` over all of the vocabulary; `train`, as frequent as in the training
-            split and drawn anew in each epoch; or a list of prompts, balanced over it.
+            split and drawn again in each epoch; or a list of prompts, balanced over it.
         samples_per_epoch: Images sampled in an epoch, by all processes together; a multiple of the
             number of prompts, unless they are drawn from the training split. Paper: 256.
         validation_samples_per_prompt: Images sampled for each prompt in a validation; 0 for none.

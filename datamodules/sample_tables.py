@@ -1,4 +1,4 @@
-"""The tables beside drawn samples: ISIC's own three, and a manifest with all that is known."""
+"""The tables next to drawn samples: ISIC's own three, and a manifest with all that is known."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -26,7 +26,7 @@ def inverse_frequency(conditions: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Draw as many images as there are, anew in each epoch, and give each process its share.
+    """Draw as many images as the split has, again in each epoch, and give each process its share.
 
     One epoch's draws are a function of (seed, epoch): a resumed run sees the order that the
     uninterrupted run would have seen, and N processes with batches of B see together, step by step,
@@ -79,7 +79,7 @@ class TrainLoader(DataLoader[dict[str, Tensor | str]]):
     """Gives the batches of an epoch that are not trained yet.
 
     Nothing is read before the first of them is asked for: Lightning makes an iterator before it
-    knows where a resumed run goes on.
+    knows where a resumed run continues.
 
     Args:
         sampler: Of this process.

@@ -37,7 +37,7 @@ class TensorFolder:
             raise UserError(
                 f"cannot read {self._path(key)} from the cache: {error}.\n"
                 f"  Delete that file, or the whole folder {self.root}, and start again: it is "
-                "made anew."
+                "rebuilt."
             ) from error
 
     def write(self, key: str, tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The whole experiment at a small size: `make demo`, or as a module with `--help`.
 
 Each stage is a command that you could type, printed as it runs. A stage that has finished is
-not run again, an interrupted one goes on where it stopped. Everything lands in one folder,
+not run again, an interrupted one resumes where it stopped. Everything lands in one folder,
 which the demo's configurations know as the environment variable DEMO.
 """
 
@@ -120,7 +120,7 @@ def execute(name: str, commands: list[list[str]], run: Path) -> float:
         why = f" (why: {log})" if log else ""
         print(f"\n[{name}] failed{why}: {shlex.join(command)}", file=sys.stderr)
     if failed:
-        sys.exit("To go on: make demo")
+        sys.exit("To resume: make demo")
     return time.monotonic() - started
 
 

@@ -23,7 +23,7 @@ PART = ".part"
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint and its manifest beside their targets, syncs both, and renames both.
+    """Writes a checkpoint and its manifest next to their targets, syncs both, and renames both.
 
     The manifest takes its place last; until then it is found under the name it was written to.
 
@@ -148,7 +148,7 @@ def _errors_for_people(path: Path, checkpoint: dict[str, Any]) -> Iterator[None]
             f"  needed: about {_bytes_of(checkpoint):,} bytes; free on that disk: {free:,} bytes "
             "(a quota or a limit on file sizes may allow less).\n"
             "  The checkpoints before it are untouched. Make room, or mend the folder's "
-            "permissions, and give the same command again: it goes on from the newest of them."
+            "permissions, and give the same command again: it resumes from the newest of them."
         ) from error
 
 

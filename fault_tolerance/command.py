@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
@@ -12,7 +13,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 def resume_command() -> str:
-    """Say what goes on with this run: its own command, without a checkpoint that it names."""
+    """Return the command that resumes this run: its own, without the checkpoint that it names."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip or word.startswith("--ckpt_path="):
@@ -21,10 +22,12 @@ def resume_command() -> str:
             skip = True
         else:
             words.append(word)
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
+    script = sys.argv[0]
+    own = ["python", os.path.relpath(script)] if script.endswith(".py") else [Path(script).name]
+    return shlex.join([*own, *words])
 
 
-def stand_down(trainer: L.Trainer) -> None:
+def disable_process_observer(trainer: L.Trainer) -> None:
     """Keep Lightning's observer from killing this process when one that it started ends first.
 
     It would do so without a word, in the middle of a save or of a message.

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rl4med_ddpo.fault_tolerance.checkpoint_io import LAST
-from rl4med_ddpo.fault_tolerance.command import resume_command, stand_down
+from rl4med_ddpo.fault_tolerance.command import disable_process_observer, resume_command
 from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
 from rl4med_ddpo.foundation.progress import progress
 
@@ -200,7 +200,7 @@ class Preemption(Callback):
             self.saved_step = trainer.global_step
 
     def _leave(self, trainer: L.Trainer, number: int, state: dict[str, Any] | None) -> None:
-        stand_down(trainer)
+        disable_process_observer(trainer)
         kept = "Nothing was lost."
         if state is not None:
             path = _path(trainer)
@@ -209,7 +209,7 @@ class Preemption(Callback):
         trainer.strategy.barrier("Preemption")
         if trainer.is_global_zero:
             name = signal.Signals(number).name
-            print(f"{name}: {kept} To go on: {resume_command()}", file=sys.stderr, flush=True)
+            print(f"{name}: {kept} To resume: {resume_command()}", file=sys.stderr, flush=True)
         raise Preempted(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Find the state that a run goes on from: the newest whole one; damaged ones are put aside."""
+"""Find the state that a run resumes from: the newest whole one; damaged ones are put aside."""
 
 import os
 import sys
@@ -26,19 +26,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A checkpoint file that cannot be gone on from, and why."""
+    """A checkpoint file that cannot be resumed from, and why."""
 
     path: Path
     reason: str
     epoch: int | None
 
 
-def newest_whole(folder: Path, mend: bool = True) -> Found | None:
-    """Find the newest whole checkpoint of a folder from which training goes on exactly.
+def newest_whole(folder: Path, repair: bool = True) -> Found | None:
+    """Find the newest whole checkpoint of a folder from which training resumes exactly.
 
     Args:
         folder: Of the checkpoints.
-        mend: Put damaged files aside as `.corrupt`, remove what an interrupted save left, and say
+        repair: Put damaged files aside as `.corrupt`, remove what an interrupted save left, and say
             so. One process of a run does this.
 
     Returns:
@@ -55,11 +55,11 @@ def newest_whole(folder: Path, mend: bool = True) -> Found | None:
     if found is None:
         listed = "\n".join(f"    {d.path.name}: {d.reason}" for d in damaged)
         raise UserError(
-            f"none of the checkpoints in {folder} can be gone on from:\n{listed}\n"
+            f"cannot resume: every checkpoint in {folder} is damaged:\n{listed}\n"
             "  Nothing was changed. Copy a whole one there again with its manifest, give one with "
-            "--ckpt_path FILE,\n  or start anew with --ckpt_path null"
+            "--ckpt_path FILE,\n  or start from scratch with --ckpt_path null"
         )
-    if mend:
+    if repair:
         if damaged:
             rank_zero_warn(_fell_back(found, damaged))
         for bad in damaged:
@@ -113,7 +113,7 @@ def _fell_back(found: Found, damaged: Iterable[Damaged]) -> str:
     return (
         f"{len(lines)} damaged checkpoint(s) in {found.path.parent}, kept as *{CORRUPT}:\n"
         + "\n".join(lines)
-        + f"\n  The run goes on from {found.path.name} (epoch {found.manifest.epoch}, "
+        + f"\n  The run resumes from {found.path.name} (epoch {found.manifest.epoch}, "
         f"{found.manifest.global_step} optimizer steps); what came after is computed again."
     )
 

@@ -1,4 +1,4 @@
-"""Go on exactly where a run stopped, and only if it is still the same run."""
+"""Resume exactly where a run stopped, and only if it is still the same run."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from rl4med_ddpo.foundation.randomness import key
 
 
 class Resume(Callback):
-    """Compares a run with the checkpoint it goes on from, and makes its randomness repeatable.
+    """Compares a run with the checkpoint it resumes from, and makes its randomness repeatable.
 
     A setting that decides the run's course and has changed is shown and refused, unless it is
     allowed; an allowed change of the optimizer takes effect.
@@ -46,8 +46,8 @@ class Resume(Callback):
         self.settings |= _commits_of(pl_module)
         self.found, self.changed = None, {}
         if ckpt_path == "last":
-            mend = rank_zero_only.rank == 0
-            found = [f for d in checkpoint_folders(trainer) if (f := newest_whole(d, mend))]
+            repair = rank_zero_only.rank == 0
+            found = [f for d in checkpoint_folders(trainer) if (f := newest_whole(d, repair))]
             self.found = max(found, key=lambda f: f.manifest.global_step, default=None)
             ckpt_path = str(self.found.path) if self.found else None
         elif ckpt_path:
@@ -65,14 +65,14 @@ class Resume(Callback):
         shown = "\n".join(lines)
         refused = [key for key in self.changed if not is_allowed(key, self.allow)]
         if not refused:
-            rank_zero_warn(f"the run goes on with other settings than it began with:\n{shown}")
+            rank_zero_warn(f"the run resumes with other settings than it began with:\n{shown}")
             return
         names = ", ".join(dict.fromkeys(key.rpartition(".")[2] for key in refused))
         raise UserError(
             f"settings that decide the course of the run differ from those of {manifest.file}:\n"
             f"{shown}\n"
-            f"  To go on with the new ones: --resume.allow '[{names}]'\n"
-            "  To start anew: --ckpt_path null, or another --trainer.default_root_dir"
+            f"  To use the new ones: --resume.allow '[{names}]'\n"
+            "  To start from scratch: --ckpt_path null, or another --trainer.default_root_dir"
         )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,11 +84,11 @@ class Resume(Callback):
         ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that all processes go on from one state, and give allowed changes their effect."""
+        """See that all processes resume from one state, and give allowed changes their effect."""
         mine = self.found.manifest.sha256 if self.found else None
         if trainer.strategy.broadcast(mine) != mine:
             raise UserError(
-                f"process {trainer.global_rank} goes on from another state than process 0: "
+                f"process {trainer.global_rank} resumes from another state than process 0: "
                 "do all see the same run folder?"
             )
         if trainer.strategy.broadcast(any("optimizer" in key for key in self.changed)):
@@ -98,7 +98,7 @@ class Resume(Callback):
         if trainer.lr_scheduler_configs:
             raise UserError(
                 "the optimizer's settings cannot change in the middle of a learning rate schedule: "
-                "give the old ones, or start anew with --ckpt_path null"
+                "give the old ones, or start from scratch with --ckpt_path null"
             )
         for optimizer, announced in zip(trainer.optimizers, self.announced, strict=True):
             for group, settings in zip(optimizer.param_groups, announced, strict=True):

@@ -106,7 +106,7 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-class Room(Callback):
+class DiskSpaceCheck(Callback):
     """Checks, before the first step, that the checkpoints of a run can be written and will fit."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:

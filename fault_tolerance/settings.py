@@ -7,7 +7,7 @@ from rl4med_ddpo.foundation.class_names import with_current_names
 from rl4med_ddpo.foundation.files import located
 from rl4med_ddpo.foundation.hashes import sha256_of
 
-NEUTRAL = frozenset(
+IGNORED_KEYS = frozenset(
     {
         # what is written or measured
         "model.policy",
@@ -28,7 +28,7 @@ NEUTRAL = frozenset(
         "data.num_workers",
     }
 )
-OF_THE_TRAINER = (
+TRAINER_SETTINGS = (
     "precision",
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -51,7 +51,7 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     settings = {"seed_everything": config.get("seed_everything")}
     for part in ("model", "data"):
         settings |= {k: v for k, v in _flat(part, config.get(part)) if not _is_neutral(k)}
-    settings |= {f"trainer.{name}": trainer.get(name) for name in OF_THE_TRAINER}
+    settings |= {f"trainer.{name}": trainer.get(name) for name in TRAINER_SETTINGS}
     return settings | {
         SHA256 + key: sha256_of(located(value))
         for key, value in settings.items()
@@ -89,7 +89,7 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_neutral(key: str) -> bool:
-    return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
+    return any(key == neutral or key.startswith(f"{neutral}.") for neutral in IGNORED_KEYS)
 
 
 def _exists(value: str) -> bool:

@@ -14,7 +14,7 @@ WRITTEN = "fit_events.txt"
 """Lists the event files that `fit` has written, for `test` and others write beside them."""
 
 
-class Curves(Callback):
+class TensorBoardResume(Callback):
     """Notes in each checkpoint how far the event files reach, and cuts them there on a resume.
 
     What a killed run logged after its last checkpoint is logged again, and what Lightning would

@@ -19,7 +19,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed import DistError, TCPStore
 
 from rl4med_ddpo.fault_tolerance.checkpoint_io import LAST
-from rl4med_ddpo.fault_tolerance.command import resume_command, stand_down, started_processes
+from rl4med_ddpo.fault_tolerance.command import (
+    disable_process_observer,
+    resume_command,
+    started_processes,
+)
 from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.progress import progress
@@ -69,7 +73,7 @@ class Watchdog(Callback):
         """Begin to watch, where there is more than one process."""
         if trainer.world_size == 1:
             return
-        stand_down(trainer)
+        disable_process_observer(trainer)
         self.trainer, self.rank, self.peers = trainer, trainer.global_rank, {}
         folder = Path(trainer.default_root_dir) / "stacks"
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +216,7 @@ class Watchdog(Callback):
             if r != self.rank and peer.beat["host"] == socket.gethostname()
         ]
         for pid in here:
-            # one that is stopped has to go on to write its stack
+            # one that is stopped has to continue to write its stack
             _send(pid, signal.SIGUSR2)
             _send(pid, signal.SIGCONT)
         time.sleep(BEAT)
@@ -232,7 +236,7 @@ class Watchdog(Callback):
             f"{why}.\n"
             f"  Stacks: {Path(self.stacks.name).parent}\n"
             f"  Last checkpoint: {last or 'none yet'}\n"
-            f"  To go on: {resume_command()}\n"
+            f"  To resume: {resume_command()}\n"
         )
 
 

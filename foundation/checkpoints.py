@@ -59,7 +59,7 @@ def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
 
 
 def require_manifest(path: Path) -> None:
-    """Refuse a file whose content is not what the manifest beside it says.
+    """Refuse a file whose content is not what the manifest next to it says.
 
     Raises:
         UserError: naming both hashes.

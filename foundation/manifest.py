@@ -1,4 +1,4 @@
-"""The manifest beside a checkpoint: written last, it says that the checkpoint is whole."""
+"""The manifest next to a checkpoint: written last, it says that the checkpoint is whole."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ class Manifest:
         sha256: Of its content, in hexadecimal.
         epoch: Epochs that were finished, or begun, when it was written.
         global_step: Optimizer steps taken.
-        between_steps: Whether training can go on from it exactly: it was not saved in a validation.
+        between_steps: Whether training can resume from it exactly: no validation was running.
         settings: What the run's course depends on, by key.
     """
 

@@ -31,7 +31,7 @@ class Autoencoder(L.LightningModule):
         pipeline: Folder or hub id of the pipeline whose decoder is trained.
         perceptual: Checkpoint of an AttributeClassifier. Its features are compared besides the
             pixels, so that what tells an attribute survives, and its readings are logged.
-        perceptual_weight: Weight of the features beside the pixels; 0 leaves them out.
+        perceptual_weight: Weight of the features relative to the pixels; 0 leaves them out.
         layers: Feature maps that are compared, from the first.
         optimizer: Builds the optimizer of the decoder.
         lr_scheduler: Stepped once per optimizer step; null keeps the rate constant.

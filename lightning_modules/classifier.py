@@ -296,8 +296,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"there is no classifier at {path}. Train it first:\n"
-            "  reward network: python run.py fit --config classifier.yaml\n"
-            "  judge:          python run.py fit --config judge.yaml\n"
+            "  reward network: rl4med-ddpo fit --config classifier.yaml\n"
+            "  judge:          rl4med-ddpo fit --config judge.yaml\n"
             "  (demo/classifier.yaml and demo/judge.yaml for the demo)"
         )
     checkpoint = read_checkpoint(path)

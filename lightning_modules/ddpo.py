@@ -64,7 +64,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     require_divisible,
 )
 from rl4med_ddpo.lightning_modules.policy_gradient.scorer import PolicyScorer, require_independent
-from rl4med_ddpo.lightning_modules.prerequisites import Need, require
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite, require
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
 from rl4med_ddpo.lightning_modules.rewards.base import Reward
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
@@ -107,7 +107,7 @@ class DDPO(TextToImage):
         advantage_clip: Largest absolute advantage.
         diversity_weight: Weight, in the reward, of a sample's mean distance to the others of its
             prompt, in [0, 1] on 8x8 pixels.
-        timestep_fraction: Share of each sample's steps that is trained, drawn anew each time.
+        timestep_fraction: Share of each sample's steps that is trained, drawn again each time.
         timestep_window: First step that is trained, and the first after; 0 is the noisiest. null
             trains all of them.
         guidance_in_training: Whether updates train the guided policy, which is the one that
@@ -185,7 +185,7 @@ class DDPO(TextToImage):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what cannot work."""
-        require(self.needs(stage))
+        require(self.prerequisites(stage))
         if stage != "fit":
             return
         require_precision(self.trainer.precision)
@@ -193,19 +193,19 @@ class DDPO(TextToImage):
         if samples is not None:
             require_divisible(samples, self.hparams.updates, self.trainer.world_size)
 
-    def needs(self, stage: str) -> list[Need]:
+    def prerequisites(self, stage: str) -> list[Prerequisite]:
         """List what earlier stages must have left for this one."""
-        needs = [
-            *self.reward.needs(),
-            Need(self.hparams.judge, "the judge", "python run.py fit --config judge.yaml"),
+        found = [
+            *self.reward.prerequisites(),
+            Prerequisite(self.hparams.judge, "the judge", "rl4med-ddpo fit --config judge.yaml"),
         ]
         if not is_hub_id(self.hparams.pipeline):
-            made_by = "python run.py fit --config sd.yaml"
-            needs.append(Need(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
+            made_by = "rl4med-ddpo fit --config sd.yaml"
+            found.append(Prerequisite(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
         if stage in ("test", "predict") and self.hparams.policy:
-            made_by = "python run.py fit --config ddpo.yaml"
-            needs.append(Need(self.hparams.policy, "the trained policy", made_by))
-        return needs
+            made_by = "rl4med-ddpo fit --config ddpo.yaml"
+            found.append(Prerequisite(self.hparams.policy, "the trained policy", made_by))
+        return found
 
     def configure_model(self) -> None:
         """Load the pipeline, the reward's networks and the judge, and put the parts together."""
@@ -576,12 +576,12 @@ class DDPO(TextToImage):
         return super().networks() | {"reward": self.reward, "judge": self.scorer.judge}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what later rollouts depend on beside weights and optimizer."""
+        """Keep what later rollouts depend on, besides weights and optimizer."""
         checkpoint["reward_window"] = self.window.history
         checkpoint["ddpo"] = {"micro_batch": self.micro_batch, "skipped": self.skipped.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore it."""
         self.window.history = checkpoint["reward_window"]
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):

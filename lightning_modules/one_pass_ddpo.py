@@ -40,7 +40,7 @@ class OnePassDDPO(DDPO):
     def __init__(self, *args: Any, updates: int = 1, **options: Any) -> None:
         super().__init__(*args, updates=updates, **options)
         wanted = {"train": "lora", "updates": 1, "inner_epochs": 1, "kl_weight": 0.0}
-        # compiled code would be made anew for each batch, whose collectors are its own
+        # compiled code would be rebuilt for each batch, whose collectors are its own
         wanted |= {"guidance_in_training": True, "old_log_probs": "rollout", "compile": None}
         wrong = [f"{k}={self.hparams[k]!r}" for k, v in wanted.items() if self.hparams[k] != v]
         if wrong:

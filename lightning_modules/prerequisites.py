@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rl4med_ddpo.foundation.errors import UserError
 
 
-class Need(NamedTuple):
+class Prerequisite(NamedTuple):
     """A file or folder that an earlier stage leaves, and the command that makes it."""
 
     path: str
@@ -14,7 +14,7 @@ class Need(NamedTuple):
     command: str
 
 
-def require(needs: list[Need]) -> None:
+def require(needs: list[Prerequisite]) -> None:
     """Check that everything needed is there.
 
     Raises:

@@ -44,6 +44,6 @@ def filled_rows(n: int, multiple: int) -> list[int]:
     """Return the rows 0 to n - 1, the last one repeated until their number is a multiple.
 
     A network's kernels round differently for another batch size (by 1e-6, enough to turn a pixel);
-    for the same size a row does not depend on what stands beside it.
+    for the same size a row does not depend on its neighbours in a batch.
     """
     return [*range(n), *[n - 1] * (-n % multiple)]

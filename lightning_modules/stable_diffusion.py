@@ -44,8 +44,8 @@ class StableDiffusion(TextToImage):
         gradient_checkpointing: Compute activations again in the backward pass: a third more time
             for far less memory.
         cache: Folder for the images' latents and the prompts' embeddings, made before the first
-            step and read from then on in place of the images; null encodes anew in each step. A
-            changed image, size or autoencoder is made anew by itself. Flipped images are kept in
+            step and read from then on in place of the images; null encodes them in each step. A
+            changed image, size or autoencoder is rebuilt by itself. Flipped images are kept in
             each flip: 0.13 MB a flip at 512 pixels. Experiments may share it.
         steps: Denoising steps of the sample grids.
         eta: Share of ancestral noise in the sample grids' steps, in (0, 1].
@@ -200,7 +200,7 @@ class StableDiffusion(TextToImage):
         return generator(key(self.hparams.seed, purpose, epoch, batch_idx, self.global_rank))
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline; adapters are merged into its U-Net, and lie beside it in `lora`."""
+        """Write the pipeline; adapters are merged into its U-Net, and lie next to it in `lora`."""
         if self.hparams.train == "full":
             super().export(folder)
             return

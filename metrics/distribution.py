@@ -131,7 +131,7 @@ def neighbourhoods(real: Tensor, fake: Tensor, lesions: NDArray[np.int64]) -> di
 def spreads(
     real: Tensor, fake: Tensor, real_prompts: NDArray[np.int64], fake_prompts: NDArray[np.int64]
 ) -> dict[str, Any]:
-    """Return the diversity within a prompt of the fakes, and of the real images beside it."""
+    """Return the diversity within a prompt of the fakes, and of the real images for comparison."""
     estimate, each = diversity(fake, fake_prompts)
     of_real, _ = diversity(real, real_prompts)
     return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from rl4med_ddpo.metrics.copies import CALIBRATION, copy_threshold, nearest
 from rl4med_ddpo.metrics.intervals import wilson_interval
 
-SHOWN = 20
+MOST_PAIRS = 20
 
 
 def memorization(
@@ -53,4 +53,4 @@ def memorization(
         "n_test": len(test),
         "n_train": len(train),
         "network": "none: aligned correlation of thumbnails (metrics/copies.py)",
-    }, pairs.sort_values(["distance", "sample"], ignore_index=True).head(SHOWN)
+    }, pairs.sort_values(["distance", "sample"], ignore_index=True).head(MOST_PAIRS)

@@ -94,7 +94,7 @@ def model_card(
 
 def _scores(results: dict[str, Any] | None) -> str:
     if results is None:
-        return "None yet: `python run.py test` has not run on this model."
+        return "None yet: `rl4med-ddpo test` has not run on this model."
     own = {k: v for k, v in results.items() if not isinstance(v, dict)}
     listed = own | {k: results[k] for k in SCORED if results.get(k)}
     rows = [f"| {name} | {value} |" for name, value in _leaves(listed)]

@@ -1,4 +1,4 @@
-"""The numbers of the paper's tables, to stand beside ours."""
+"""The numbers of the paper's tables, to compare with ours."""
 
 TABLE_2 = {
     "SD": {

@@ -14,13 +14,13 @@ from rl4med_ddpo.report.runs import MODELS, Missing, Runs
 from rl4med_ddpo.report.sheet import Panel, save_png, sheet
 from rl4med_ddpo.report.tables import counts_of
 
-SHOWN = 5
+IMAGES_PER_PROMPT = 5
 FEW_REAL = 20
 MOST_ROWS = 12
 
 
 def same_seed_figure(runs: Runs, path: Path) -> None:
-    """Draw Figure 1: the same prompt and noise, SD beside SD+RL."""
+    """Draw Figure 1: the same prompt and noise, SD next to SD+RL."""
     numbers = _numbers(runs, ("MEL+hair", "NV+hair", "MEL+ink", "NV+ruler"))
     _side_by_side(runs, numbers, path, "Same prompt, same noise: the first samples of each prompt")
 
@@ -49,7 +49,7 @@ def prompt_figure(runs: Runs, path: Path) -> None:
     of_prompt = prompt_numbers(test, runs.vocabulary)
     cells = [
         [
-            Panel([real[row] for row in (of_prompt == number).nonzero()[0][:SHOWN]]),
+            Panel([real[row] for row in (of_prompt == number).nonzero()[0][:IMAGES_PER_PROMPT]]),
             *(Panel(samples[model].first(number)) for model in MODELS),
         ]
         for number in numbers
@@ -67,7 +67,9 @@ class _Samples:
         folder = runs.samples_folder(model) / INPUT
         paths = [folder / f"{name}.png" for name in self.manifest["id"]]
         if not paths[0].exists():
-            raise Missing(f"from the images in {folder}, which are gone: run.py predict draws them")
+            raise Missing(
+                f"from the images in {folder}, which are gone. Draw them: rl4med-ddpo predict"
+            )
         with Image.open(paths[0]) as image:
             self.files = ImageFiles(paths, image.width)
         self.prompts = prompt_numbers(self.manifest, runs.vocabulary)
@@ -76,7 +78,7 @@ class _Samples:
     def rows(self, number: int) -> list[int]:
         """Return the first rows of a prompt, by sample index."""
         rows = pd.Series((self.prompts == number).nonzero()[0])
-        return rows.iloc[self.manifest["index"][rows].argsort()].tolist()[:SHOWN]
+        return rows.iloc[self.manifest["index"][rows].argsort()].tolist()[:IMAGES_PER_PROMPT]
 
     def first(self, number: int) -> list[Tensor]:
         """Return the first images of a prompt."""

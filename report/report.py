@@ -1,4 +1,4 @@
-"""`run.py report RUN...`: the paper's tables and figures out of finished runs."""
+"""`rl4med-ddpo report RUN...`: the paper's tables and figures out of finished runs."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from rl4med_ddpo.report.tables import BUILDERS, Table, augmentation_scores, requ
 
 
 def report(runs: list[Path], output: Path | None = None) -> Path:
-    """Write the paper's Tables 1 to 4, ours beside the paper's, and Figures 1, 3 and 4.
+    """Write the paper's Tables 1 to 4, ours next to the paper's, and Figures 1, 3 and 4.
 
     Each table as Markdown, CSV and LaTeX, each figure as PNG, everything on one page in
     `report.md`, and in TensorBoard. What has nothing to be made of says which command makes it.
@@ -93,8 +93,8 @@ def _write_table(table: Table, path: Path) -> list[str]:
 def _write_figures(runs: Runs, output: Path) -> list[str]:
     """Draw what can be drawn; return the lines that show it, or say what is missing."""
     drawn = {
-        "figure_1.png": ("Figure 1. The same noise, SD beside SD+RL", same_seed_figure),
-        "figure_3.png": ("Figure 3. Real beside SD beside SD+RL", prompt_figure),
+        "figure_1.png": ("Figure 1. The same noise, SD next to SD+RL", same_seed_figure),
+        "figure_3.png": ("Figure 3. Real next to SD, next to SD+RL", prompt_figure),
         "figure_4.png": ("Figure 4. Prompts with fewer than 20 real images", few_real_figure),
         "leakage.png": ("Which attribute leaks into which prompt, before and after", _matrices),
     }
@@ -164,6 +164,6 @@ def run_folders(given: Sequence[str]) -> list[Path]:
     if missing or not given:
         raise UserError(
             f"report needs folders of finished runs; {', '.join(missing) or 'none given'}"
-            f"{' is none' if missing else ''}.\n  For example: python run.py report runs"
+            f"{' is not one' if missing else ''}.\n  For example: rl4med-ddpo report runs"
         )
     return [Path(name) for name in given]

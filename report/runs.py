@@ -1,4 +1,4 @@
-"""Find the runs that a report is made of, and refuse to set beside each other what differs."""
+"""Find the runs that a report is made of, and refuse to compare what differs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from rl4med_ddpo.report.results import METRICS, RESULTS
 
 MODELS = ("SD", "SD+RL")
 DEPTH = 4
-MAY_DIFFER = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
+IGNORED_KEYS = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
               "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest")  # fmt: skip
 """What differs between runs that compare: what is compared, and where things lie."""
 
@@ -66,7 +66,7 @@ class Runs:
         except OSError as error:
             raise UserError(
                 f"the samples of {model} are not where they were scored: {error}.\n"
-                "  Draw them again: python run.py predict --config ddpo.yaml"
+                "  Draw them again: rl4med-ddpo predict --config ddpo.yaml"
             ) from error
 
 
@@ -82,7 +82,7 @@ def find_runs(folders: Sequence[Path]) -> Runs:
     if not paths:
         raise UserError(
             f"there is no {RESULTS}/{METRICS} in or below {', '.join(map(str, folders))}.\n"
-            "  Score something first: python run.py test --config ddpo.yaml"
+            "  Score something first: rl4med-ddpo test --config ddpo.yaml"
         )
     runs, sources = Runs(files=paths), {}
     for path in paths:
@@ -130,7 +130,7 @@ def require_alike(results: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _may_differ(key: str) -> bool:
-    return any(key == known or key.startswith(f"{known}.") for known in MAY_DIFFER)
+    return any(key == known or key.startswith(f"{known}.") for known in IGNORED_KEYS)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -152,5 +152,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no result that can be reported ({type(error).__name__}: {error}).\n"
-            "  Score the run again: python run.py test"
+            "  Score the run again: rl4med-ddpo test"
         ) from error

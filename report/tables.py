@@ -1,4 +1,4 @@
-"""The paper's tables, ours beside the paper's, as data frames of text."""
+"""The paper's tables, ours next to the paper's, as data frames of text."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ ARMS = {
     "sd": "Real + SD",
     "sd_rl": "Real + SD-RL",
 }
-TEST = "python run.py test --config ddpo.yaml"
+TEST = "rl4med-ddpo test --config ddpo.yaml"
 COMMANDS = {
     "SD": f"{TEST} --model.policy null --trainer.default_root_dir runs/sd",
     "SD+RL": TEST,
@@ -81,7 +81,7 @@ def split_table(runs: Runs) -> Table:
 
 
 def apr_table(runs: Runs) -> Table:
-    """Lay out Table 2: APR of the prompts that ask for one artifact, ours beside the paper's."""
+    """Lay out Table 2: APR of the prompts that ask for one artifact, ours next to the paper's."""
     require_models(runs)
     rows, vocabulary = [], runs.vocabulary
     columns = table_2_conditions(vocabulary)
@@ -133,7 +133,7 @@ def quality_table(runs: Runs) -> Table:
             "Inception's, so not FID. The floor is the distance of two real halves."
         )
         notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
-    notes += [f"Not to be had: {why}." for why in dict.fromkeys(some["unavailable"].values())]
+    notes += [f"Not computed: {why}." for why in dict.fromkeys(some["unavailable"].values())]
     return Table("Table 3. Alignment and quality over the 32 prompts", table.fillna("-"), notes)
 
 

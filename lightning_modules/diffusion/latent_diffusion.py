@@ -35,7 +35,7 @@ from rl4med_ddpo.foundation.hashes import key_of
 from rl4med_ddpo.foundation.randomness import generator
 from rl4med_ddpo.lightning_modules.diffusion.lora import has_lora, without_lora
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen, omit_frozen
-from rl4med_ddpo.lightning_modules.pipelines.source import LEFT_OUT
+from rl4med_ddpo.lightning_modules.pipelines.source import WITHOUT_SAFETY_CHECKER
 
 
 class Transition(NamedTuple):
@@ -316,7 +316,7 @@ class LatentDiffusion(nn.Module):
                 yield
             return
         trained = self.unet
-        self.unet = load().to(trained.device)  # pyright: ignore[reportArgumentType]
+        self.unet = load().to(self.schedule.sigma.device)  # pyright: ignore[reportArgumentType]
         try:
             yield
         finally:
@@ -330,5 +330,5 @@ class LatentDiffusion(nn.Module):
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=self.noise_scheduler,
-            **LEFT_OUT,
+            **WITHOUT_SAFETY_CHECKER,
         )

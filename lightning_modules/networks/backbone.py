@@ -38,7 +38,7 @@ def build_backbone(name: str, pretrained: bool | str, outputs: int, dropout: flo
         dropout: Share of the pooled features dropped in training.
 
     Raises:
-        UserError: if the pretrained weights are not to be had, or are another architecture's.
+        UserError: if the pretrained weights are not available, or are another architecture's.
     """
     options = {"num_classes": outputs, "drop_rate": dropout}
     if not pretrained:

@@ -43,7 +43,9 @@ def from_cache_or_hub(
         pass
     try:
         # a download alone would repeat itself for most of a minute before it gives up
-        within(PATIENCE, lambda: HfApi().model_info(repo, revision=revision, timeout=PATIENCE))
+        run_with_timeout(
+            PATIENCE, lambda: HfApi().model_info(repo, revision=revision, timeout=PATIENCE)
+        )
         return fetch(False)
     except UserError:
         raise
@@ -58,7 +60,7 @@ def from_cache_or_hub(
         ) from error
 
 
-def within(seconds: float, ask: Callable[[], object]) -> None:
+def run_with_timeout(seconds: float, ask: Callable[[], object]) -> None:
     """Ask in a thread of its own: resolving a name knows no time limit, nor do several tries."""
     outcome: Queue[BaseException | None] = Queue()
 

@@ -20,9 +20,9 @@ from rl4med_ddpo.foundation.errors import UserError, name_few
 from rl4med_ddpo.foundation.files import located
 from rl4med_ddpo.lightning_modules.pipelines.single_file import load_single_file
 from rl4med_ddpo.lightning_modules.pipelines.source import (
-    LEFT_OUT,
     NETWORKS,
     UNREADABLE,
+    WITHOUT_SAFETY_CHECKER,
     check_folder,
     check_kind,
     fetch_pipeline,
@@ -82,7 +82,7 @@ def _from_folder(folder: Path) -> StableDiffusionPipeline:
     check_kind(StableDiffusionPipeline.load_config(folder), folder)
     networks = {name: _load_network(name, folder / name, folder) for name in NETWORKS}
     try:
-        return StableDiffusionPipeline.from_pretrained(folder, **networks, **LEFT_OUT)
+        return StableDiffusionPipeline.from_pretrained(folder, **networks, **WITHOUT_SAFETY_CHECKER)
     except UNREADABLE as error:
         raise UserError(_damaged(folder, error)) from error
 
@@ -99,10 +99,10 @@ def _load_network(name: str, folder: Path, whole: Path) -> nn.Module:
 
 
 def _check_fit(name: str, folder: Path, report: dict[str, Any]) -> None:
-    # diffusers and transformers fill what is missing with random numbers, and go on
+    # diffusers and transformers fill what is missing with random numbers, and continue
     wrong = {what: sorted(report[f"{what}_keys"]) for what in ("missing", "unexpected")}
     if name == "text_encoder":
-        # of old files: a buffer that is made anew, and the projections of a whole CLIP
+        # of old files: a buffer that is rebuilt, and the projections of a whole CLIP
         wrong["unexpected"] = []
     if any(wrong.values()):
         found = "; ".join(f"{w}: {len(k)}, such as {name_few(k)}" for w, k in wrong.items() if k)
@@ -147,7 +147,7 @@ def _name_as_before(file: Path) -> None:
     """Give the text encoder's weights the names of Stable Diffusion v1.5's own files.
 
     The transformers from 5.0 on write them without the prefix and read both; those before, and the
-    tools that convert pipelines, fill a text encoder without it with random numbers and go on.
+    tools that convert pipelines, fill a text encoder without it with random numbers and continue.
     """
     weights = load_file(file)
     if not any(name.startswith(PREFIX) for name in weights):

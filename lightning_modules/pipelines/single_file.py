@@ -28,7 +28,7 @@ def load_single_file(path: Path) -> StableDiffusionPipeline:
 
     Raises:
         UserError: if the file is missing, no safetensors, of another family, or incomplete; or if
-            its configurations are not to be had.
+            its configurations are not available.
     """
     if path.suffix != ".safetensors" or not path.is_file():
         why = "it may run code when it is read" if path.is_file() else "no such file"
@@ -85,5 +85,5 @@ def _check_whole(pipeline: StableDiffusionPipeline, path: Path) -> None:
     if missing:
         raise UserError(
             f"the file {path} lacks {len(missing)} of the weights: {name_few(missing)}.\n"
-            "  It is cut short, or was made for other configurations than those beside it."
+            "  It is cut short, or was made for other configurations than those next to it."
         )

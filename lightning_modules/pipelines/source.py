@@ -21,7 +21,7 @@ COMPONENTS = (*NETWORKS, "tokenizer", "scheduler")
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CONFIGURATIONS = ("model_index.json", "*/config.json", "tokenizer/*", "scheduler/*")
 WEIGHTS = ("*model.safetensors", "*model-?????-of-?????.safetensors", "*.safetensors.index.json")
-LEFT_OUT: dict[str, Any] = {
+WITHOUT_SAFETY_CHECKER: dict[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
     "requires_safety_checker": False,
@@ -103,7 +103,7 @@ def check_folder(folder: Path) -> None:
         why = "no model_index.json in it" if folder.is_dir() else "no such folder"
         raise UserError(
             f"no pipeline at {folder}: {why}.\n"
-            "  Give a folder in the diffusers layout, as `python run.py fit --config sd.yaml` "
+            "  Give a folder in the diffusers layout, as `rl4med-ddpo fit --config sd.yaml` "
             f"writes to runs/sd/pipeline,\n  a .safetensors file, or a hub id such as {SD15}."
         )
     missing = [name for name in COMPONENTS if not (folder / name).is_dir()]

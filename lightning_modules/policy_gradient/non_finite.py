@@ -91,7 +91,7 @@ class SkippedUpdates:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on counting."""
+        """Continue from these counts."""
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 

@@ -88,7 +88,7 @@ class RewardWindow:
 
 
 class PolicyLoss(NamedTuple):
-    """The loss of each (sample, step) pair and what one wants to know about it, all `(B,)`."""
+    """The loss of each (sample, step) pair and the quantities that are logged, all `(B,)`."""
 
     loss: Tensor
     log_prob: Tensor

@@ -38,7 +38,7 @@ RANGES = {
 
 
 def require_options(options: Mapping[str, Any]) -> None:
-    """Check DDPO's options, by name, alone and beside each other.
+    """Check DDPO's options, by name, alone and in combination.
 
     Raises:
         UserError: what was given, what is allowed, what to do.

@@ -60,7 +60,7 @@ def require_independent(judge: AttributeClassifier, rewarding: nn.Module, path: 
         raise UserError(
             f"the judge {path} has {shared:.0%} of its weights from the reward network: its APR "
             "would rise with the reward whatever the images show.\n"
-            "  Train another: python run.py fit --config judge.yaml"
+            "  Train another: rl4med-ddpo fit --config judge.yaml"
         )
 
 

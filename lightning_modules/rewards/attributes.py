@@ -8,7 +8,7 @@ from torch import Tensor
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
-from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
 from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
 
 
@@ -46,7 +46,7 @@ class AttributeMatch(Reward):
 
     Args:
         classifier: Checkpoint of the reward network, six attributes.
-        weights: How much an attribute counts beside the others, by name; those not named count 1.
+        weights: Relative weight of an attribute, by name; those not named have 1.
             null counts all alike, as the paper does.
 
     Attributes:
@@ -65,10 +65,10 @@ class AttributeMatch(Reward):
         self.given = dict(weights or {})
         self.weights: list[float] | None = None
 
-    def needs(self) -> list[Need]:
+    def prerequisites(self) -> list[Prerequisite]:
         """Name the reward network's checkpoint."""
-        command = "python run.py fit --config classifier.yaml"
-        return [Need(self.classifier, "the reward network", command)]
+        command = "rl4med-ddpo fit --config classifier.yaml"
+        return [Prerequisite(self.classifier, "the reward network", command)]
 
     def load(self) -> None:
         """Load the reward network, frozen and in float32."""
@@ -108,7 +108,7 @@ class AttributeProbability(AttributeMatch):
 
     Args:
         classifier: Checkpoint of the reward network, six attributes.
-        weights: How much an attribute counts beside the others, by name; those not named count 1.
+        weights: Relative weight of an attribute, by name; those not named have 1.
     """
 
     hits = staticmethod(attribute_probability)

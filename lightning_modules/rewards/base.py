@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
 
 
 class Rewards(NamedTuple):
@@ -24,7 +24,7 @@ class Rewards(NamedTuple):
 class Reward(nn.Module):
     """Scores images against conditions. Networks are loaded by `load`, not on construction."""
 
-    def needs(self) -> list[Need]:
+    def prerequisites(self) -> list[Prerequisite]:
         """Name the files without which `load` fails."""
         return []
 

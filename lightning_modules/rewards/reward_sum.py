@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.prerequisites import Need
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
 from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
 
 
@@ -30,9 +30,9 @@ class RewardSum(Reward):
         self.rewards = cast("Iterable[Reward]", nn.ModuleList(rewards))
         self.weights = weights
 
-    def needs(self) -> list[Need]:
+    def prerequisites(self) -> list[Prerequisite]:
         """Name what the rewards need."""
-        return [need for reward in self.rewards for need in reward.needs()]
+        return [need for reward in self.rewards for need in reward.prerequisites()]
 
     def load(self) -> None:
         """Load the rewards' networks."""

@@ -110,9 +110,9 @@ def test_with_nothing_prepared_it_says_what_to_run(tmp_path):
     assert "Traceback" not in done.stderr
     for part in (
         "3 of the 3 things",
-        "runs/sd/pipeline", "python run.py fit --config sd.yaml",
-        "runs/classifier/checkpoints/best.ckpt", "python run.py fit --config classifier.yaml",
-        "runs/judge/checkpoints/best.ckpt", "python run.py fit --config judge.yaml",
+        "runs/sd/pipeline", "rl4med-ddpo fit --config sd.yaml",
+        "runs/classifier/checkpoints/best.ckpt", "rl4med-ddpo fit --config classifier.yaml",
+        "runs/judge/checkpoints/best.ckpt", "rl4med-ddpo fit --config judge.yaml",
         "make demo",
     ):  # fmt: skip
         assert part in done.stderr

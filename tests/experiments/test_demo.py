@@ -7,7 +7,7 @@ from rl4med_ddpo.experiments.demo import execute
 
 def test_a_stage_that_fails_says_where_its_output_is(tmp_path, capfd):
     failing = ["-c", "import sys; print('the cause'); sys.exit(3)"]
-    with pytest.raises(SystemExit, match="To go on: make demo"):
+    with pytest.raises(SystemExit, match="To resume: make demo"):
         execute("two at once", [["-c", "pass"], failing], tmp_path)
     log = tmp_path / "two_at_once_2.log"
     said = capfd.readouterr()

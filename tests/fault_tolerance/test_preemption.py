@@ -40,7 +40,7 @@ def test_a_preempted_run_goes_on_as_if_it_had_not_been(
     folder = tmp_path / "run"
     monkeypatch.setenv("FAULT", fault)
     assert forked(fit, folder, policy) == code
-    assert "To go on: python" in last_line(capfd)
+    assert "To resume: python" in last_line(capfd)
     monkeypatch.delenv("FAULT")
     assert forked(fit, folder, policy) == 0
     assert differing(everything(folder), undisturbed) == []
@@ -71,7 +71,7 @@ def test_a_signal_to_any_process_ends_all_with_one_checkpoint(
     monkeypatch.setenv("FAULT", where)
     codes = forked_ranks(run, folder, policy, limit=SECONDS_TO_END, stopped_get=signalled)
     assert codes == [128 + signalled] * 2
-    assert "To go on: python" in last_line(capfd)
+    assert "To resume: python" in last_line(capfd)
     if every_n_epochs == 10:
         assert {p.name for p in folder.glob("checkpoints/*")} == {
             "best.ckpt", "best.ckpt.json", "last.ckpt", "last.ckpt.json",

@@ -57,7 +57,7 @@ def test_a_dead_or_stopped_process_ends_the_run(
     lost = fault[-1]
     assert f"process {lost} of 2 was lost in the phase {phase}" in said
     assert f"Last checkpoint: {folder / 'checkpoints' / 'last.ckpt'}" in said
-    assert said.endswith("To go on: python run.py fit --config ddpo.yaml")
+    assert said.endswith("To resume: python run.py fit --config ddpo.yaml")
     if "stop" in fault:
         stacks = (folder / "stacks" / "process_1.txt").read_text()
         assert "in training_step" in stacks
@@ -98,6 +98,6 @@ def test_the_real_command_line_leaves_no_orphan(tiny_pipeline, tiny_classifiers,
     last = said.strip().splitlines()[-4:]
     assert "process 1 of 2 was lost in the phase" in last[0]
     assert "it was killed by SIGKILL" in last[0]
-    assert last[3].startswith("  To go on: python ")
+    assert last[3].startswith("  To resume: python ")
     assert "run.py fit --config=ddpo.yaml" in last[3]
     assert alive_in_group(process.pid) == []

@@ -385,10 +385,10 @@ def test_apr_is_the_share_of_images_whose_artifacts_are_as_asked(make, tmp_path)
 def test_what_cannot_work_is_refused_before_anything_is_loaded(make, tmp_path, tiny_classifiers):
     cases = [
         (make(updates=3), "multiple of 3; the nearest are 15 and 18"),
-        (make(judge="nowhere.ckpt"), "the judge, made by: python run.py fit --config judge"),
+        (make(judge="nowhere.ckpt"), "the judge, made by: rl4med-ddpo fit --config judge"),
         (
             tiny_ddpo("no/where/at/all", tiny_classifiers),
-            "the fine-tuned pipeline, made by: python run.py",
+            "the fine-tuned pipeline, made by: rl4med-ddpo",
         ),
     ]
     for policy, says in cases:

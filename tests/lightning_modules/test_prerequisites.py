@@ -1,16 +1,16 @@
 import pytest
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules.prerequisites import Need, require
+from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite, require
 
 
 def test_all_that_is_missing_is_named_at_once_with_its_command(tmp_path):
     there = tmp_path / "there.ckpt"
     there.touch()
     needs = [
-        Need(str(there), "the judge", "make judge"),
-        Need(str(tmp_path / "reward.ckpt"), "the reward network", "make reward"),
-        Need(str(tmp_path / "pipeline"), "the pipeline", "make pipeline"),
+        Prerequisite(str(there), "the judge", "make judge"),
+        Prerequisite(str(tmp_path / "reward.ckpt"), "the reward network", "make reward"),
+        Prerequisite(str(tmp_path / "pipeline"), "the pipeline", "make pipeline"),
     ]
     with pytest.raises(UserError) as error:
         require(needs)
@@ -24,5 +24,5 @@ def test_all_that_is_missing_is_named_at_once_with_its_command(tmp_path):
 
 
 def test_nothing_is_said_when_all_is_there(tmp_path):
-    require([Need(str(tmp_path), "a folder", "mkdir")])
+    require([Prerequisite(str(tmp_path), "a folder", "mkdir")])
     require([])

@@ -86,15 +86,15 @@ def test_the_judge_is_refused_as_reward_network(tiny_classifiers):
 
 
 def test_the_reward_network_is_needed():
-    (need,) = AttributeMatch("runs/x.ckpt").needs()
+    (need,) = AttributeMatch("runs/x.ckpt").prerequisites()
     assert need.path == "runs/x.ckpt"
-    assert need.command == "python run.py fit --config classifier.yaml"
+    assert need.command == "rl4med-ddpo fit --config classifier.yaml"
 
 
 def test_brightness():
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.25)])
     assert Brightness()(images, CONDITIONS[:3]).value.tolist() == [0, 1, 0.25]
-    assert Brightness().needs() == []
+    assert Brightness().prerequisites() == []
 
 
 LOGITS = [2.0, -2.0, 0.5, -0.1, 3.0, -3.0]
@@ -130,7 +130,7 @@ def test_weights_of_no_attribute_or_of_none_are_refused(weights):
 def test_a_sum_of_rewards_and_the_share_of_each(tiny_classifiers):
     one = AttributeMatch(tiny_classifiers["reward"])
     whole = RewardSum([one, Brightness()], weights=[0.5, 2.0])
-    assert [need.path for need in whole.needs()] == [tiny_classifiers["reward"]]
+    assert [need.path for need in whole.prerequisites()] == [tiny_classifiers["reward"]]
     whole.load()
     assert whole.state_dict() == {}
     images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))

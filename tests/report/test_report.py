@@ -165,7 +165,7 @@ def test_what_is_missing_names_the_command_that_makes_it(runs):
         path.unlink()
     main(["report", str(runs)])
     page = (runs / "report" / "report.md").read_text()
-    assert "**Table 3** is missing, made by: `python run.py test --config ddpo.yaml`" in page
+    assert "**Table 3** is missing, made by: `rl4med-ddpo test --config ddpo.yaml`" in page
     assert re.search(
         r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python -m \S+table_4",
         page,
@@ -194,7 +194,7 @@ def test_runs_that_rest_on_different_things_are_refused(runs, change, says):
 
 def test_folders_that_are_none(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nowhere is none"):
+    with pytest.raises(UserError, match="nowhere is not one"):
         main(["report", "nowhere"])
     with pytest.raises(SystemExit) as end:
         main(["report"])

@@ -12,8 +12,8 @@ from rl4med_ddpo.command_line import Trainer
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
-from rl4med_ddpo.fault_tolerance.run_folder import Room
-from rl4med_ddpo.fault_tolerance.tensorboard_resume import Curves
+from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck
+from rl4med_ddpo.fault_tolerance.tensorboard_resume import TensorBoardResume
 from rl4med_ddpo.lightning_modules import DDPO
 from support.dermoscopy import PROMPTS
 from support.tiny import prompts, tiny_ddpo
@@ -38,7 +38,14 @@ def trainer_of(folder, callbacks=(), every_n_epochs=1, allow=None, **options):
         "num_sanity_val_steps": 0,
         "default_root_dir": folder,
         "plugins": [DurableCheckpointIO()],
-        "callbacks": [Preemption(), *callbacks, newest, Resume(allow), Room(), Curves()],
+        "callbacks": [
+            Preemption(),
+            *callbacks,
+            newest,
+            Resume(allow),
+            DiskSpaceCheck(),
+            TensorBoardResume(),
+        ],
     }
     return Trainer(**(defaults | options))
 
@@ -56,7 +63,7 @@ def loaded_ddpo(pipeline, classifiers, **options):
 
 
 def fit(folder, module, callbacks=(), **options):
-    """Train to the end; what a fault interrupts, the same call goes on with."""
+    """Train to the end; what a fault interrupts, the same call resumes."""
     data = prompts(8, validation_samples_per_prompt=1)
     callbacks = [
         RewardPlateau(),
