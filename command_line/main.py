@@ -1,6 +1,6 @@
 """The whole command line: `rl4med-ddpo fit|validate|test|predict|describe --config NAME.yaml`.
 
-And `rl4med-ddpo report RUN...` on what those left. `rl4med-ddpo` is the same.
+And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
 """
 
 import os

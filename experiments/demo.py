@@ -41,7 +41,6 @@ def stages(run: Path, seed: int) -> list[Stage]:
         "5000",
         "--workers",
         "2",
-        "--seed",
     ]
     noisy = ["--label_recall", "0.6"]
     balanced = ["--label_recall", "1", "--combinations", "balanced"]

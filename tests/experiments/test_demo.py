@@ -1,8 +1,12 @@
 import sys
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
-from rl4med_ddpo.experiments.demo import execute
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
+from rl4med_ddpo.experiments.demo import execute, stages
+from support.command_line import in_process
 
 
 def test_a_stage_that_fails_says_where_its_output_is(tmp_path, capfd):
@@ -26,3 +30,21 @@ def test_commands_of_one_stage_run_at_the_same_time_with_a_thread_each(tmp_path,
     )
     execute("both", [["-c", waiting, "a", "b"], ["-c", waiting, "b", "a"]], tmp_path)
     assert f"DEMO={tmp_path} OMP_NUM_THREADS=1 python -c" in capfd.readouterr().out
+
+
+def test_every_command_of_the_demo_is_understood(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DEMO", str(tmp_path))
+    drawn = ArgumentParser()
+    drawn.add_class_arguments(DermoscopyFolder)
+    commands = [command for _, several in stages(tmp_path, seed=3) for command in several]
+    seeds = []
+    for module, name, *args in commands:
+        assert module == "-m"
+        if name.endswith("dermoscopy"):
+            seeds.append(drawn.parse_args(args).seed)
+            continue
+        with pytest.raises(SystemExit) as end:
+            in_process(*args, "--print_config")
+        assert not end.value.code
+        seeds.append(yaml.safe_load(capsys.readouterr().out)["seed_everything"])
+    assert seeds == [3, 1003, 3, 1003, 3, 3, 3, 3]
