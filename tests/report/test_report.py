@@ -170,7 +170,7 @@ def test_what_is_missing_names_the_command_that_makes_it(runs):
         r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python -m \S+table_4",
         page,
     )
-    assert "Figure 1. The same noise, SD beside SD+RL** is missing" in page
+    assert "Figure 1. The same noise, SD next to SD+RL** is missing" in page
     assert "## Table 1" in page
 
 
@@ -203,7 +203,7 @@ def test_folders_that_are_none(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path):
-    with pytest.raises(UserError, match=r"python run\.py test --config ddpo\.yaml"):
+    with pytest.raises(UserError, match=r"rl4med-ddpo test --config ddpo\.yaml"):
         main(["report", str(tmp_path)])
 
 
