@@ -251,7 +251,7 @@ def test_pretrained_weights_come_from_the_hub_cache(tmp_path, monkeypatch):
 
 
 def test_missing_file_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"run\.py fit --config classifier\.yaml"):
+    with pytest.raises(UserError, match=r"rl4med-ddpo fit --config classifier\.yaml"):
         load_classifier(tmp_path / "none.ckpt")
 
 
