@@ -239,7 +239,7 @@ def test_all_damaged_lists_each_and_changes_nothing(folder):
     flip(folder / "newest.ckpt")
     cut(folder / "newest.previous.ckpt")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(UserError, match="none of the checkpoints") as error:
+    with pytest.raises(UserError, match="cannot resume: every checkpoint") as error:
         newest_whole(folder)
     for part in ("newest.ckpt: its content", "newest.previous.ckpt: it has", "--ckpt_path null"):
         assert part in str(error.value)
