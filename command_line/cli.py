@@ -167,7 +167,12 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Claim the run folder while nothing is built yet."""
         if self.subcommand != "describe" and rank_zero_only.rank == 0:
-            root = self._get(self.config, "trainer").default_root_dir or Path.cwd()
+            root = self._get(self.config, "trainer").default_root_dir
+            if root is None:
+                raise UserError(
+                    "trainer.default_root_dir is null: name a folder for checkpoints and curves; "
+                    "--trainer.default_root_dir . is the working directory"
+                )
             claim(Path(root), self.subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -34,14 +34,7 @@ def stages(run: Path, seed: int) -> list[Stage]:
     """Name the stages and their commands, in order."""
     seeded = ["--seed_everything", str(seed)]
     fit, test = (["-m", "rl4med_ddpo", stage, "--config"] for stage in ("fit", "test"))
-    draw = [
-        "-m",
-        "rl4med_ddpo.datamodules.dermoscopy",
-        "--images",
-        "5000",
-        "--workers",
-        "2",
-    ]
+    draw = ["-m", "rl4med_ddpo.datamodules.dermoscopy", "--images", "5000", "--workers", "2"]
     noisy = ["--label_recall", "0.6"]
     balanced = ["--label_recall", "1", "--combinations", "balanced"]
     # small operations gain more from a second process than from a second thread

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rl4med_ddpo.command_line.parser import CONFIGS
+from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import ddpo, in_process
 
 NEWEST = {
@@ -32,19 +33,27 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def uncommented(text):
+    """Lines with a key and a value, and no comment."""
+    has_value = re.compile(r"\s*(- )?\w+: *[^#\s]")
+    return [line for line in text.splitlines() if has_value.match(line) and " # " not in line]
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_key_with_a_value_has_a_comment(path):
-    silent = [
-        f"{number}: {line.strip()}"
-        for number, line in enumerate(path.read_text().splitlines(), start=1)
-        if re.match(r"\s*(- )?\w+: *[^#\s]", line) and " # " not in line
-    ]
-    assert not silent
+    assert not uncommented(path.read_text())
 
 
-def test_of_a_key_without_a_comment_it_would_be_told():
-    assert re.match(r"\s*(- )?\w+: *[^#\s]", "    steps: 50")
-    assert not re.match(r"\s*(- )?\w+: *[^#\s]", "  init_args:   # of the model")
+def test_keys_without_a_comment_are_found():
+    said = "# of a stage\ninit_args:\n  steps: 50\n  eta: 1.0   # share\n  - class_path: X\n"
+    assert uncommented(said) == ["  steps: 50", "  - class_path: X"]
+
+
+def test_a_run_without_a_folder_is_refused(tmp_path, tiny_pipeline, tiny_classifiers):
+    nowhere = ("--trainer.default_root_dir=null", "--trainer.logger=false")
+    with pytest.raises(UserError, match="default_root_dir is null: name a folder"):
+        built(tmp_path, tiny_pipeline, tiny_classifiers, *nowhere)
+    assert not list(tmp_path.iterdir())
 
 
 def built(tmp_path, pipeline, classifiers, *args):

@@ -1,6 +1,7 @@
 """E13: what the README says of results is what the report's files say, link by link."""
 
 import json
+import re
 
 import pandas as pd
 
@@ -15,6 +16,17 @@ def test_the_readmes_tables_are_those_of_the_report():
     readme = (ROOT / "README.md").read_text()
     assert readme.count(f"<!-- {FOLDER}/") >= 5
     assert rendered(readme) == readme
+
+
+def test_what_the_pages_link_to_is_there():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    dead = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:\s]+)[)#]", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert not dead
 
 
 def test_the_reports_tables_are_those_of_its_manifest():

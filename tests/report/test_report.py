@@ -7,7 +7,13 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from torchmetrics.functional.classification import (
+    binary_accuracy,
+    binary_auroc,
+    binary_f1_score,
+)
 
 from rl4med_ddpo.command_line import main
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
@@ -16,7 +22,6 @@ from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.metrics.alignment import alignment, exact, leakage, readings
-from rl4med_ddpo.metrics.augmentation import table_4
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.report import markdown
 from support.dermoscopy import (
@@ -223,16 +228,25 @@ def test_a_table_as_markdown():
     assert markdown(rows) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
 
 
-def test_the_report_computes_table_4_as_its_formula_does(runs):
+def test_table_4_holds_the_mean_scores_of_each_arm_and_what_they_gain(runs):
     main(["report", str(runs)])
     numbers = pd.read_csv(runs / "report" / "table_4_numbers.csv")
     arms = {}
     for path in sorted((runs / "table4").rglob("predictions.csv")):
         seed = json.loads(path.with_name("metrics.json").read_text())["seed"]
         arms.setdefault(path.parts[-4], {})[seed] = pd.read_csv(path)
-    expected = table_4(
-        {a: arms[a] for a in ("real", "oversampling", "classical", "sd", "sd_rl")}, ["ink"]
-    )
-    found = numbers[numbers["attribute"] == "ink"]
-    np.testing.assert_allclose(found["value"], expected["value"])
-    np.testing.assert_allclose(found["p"].dropna(), expected["p"].dropna())
+    formulas = {"f1": binary_f1_score, "accuracy": binary_accuracy, "auroc": binary_auroc}
+
+    def scores(arm, score):
+        said = (torch.tensor(one[["p_ink", "ink"]].to_numpy()) for one in arms[arm].values())
+        return np.mean(
+            [formulas[score](p, truth.long()).item() for p, truth in (x.T for x in said)]
+        )
+
+    found = numbers[numbers["attribute"] == "ink"].set_index(["score", "arm"])
+    assert len(found) == len(formulas) * len(arms) == 15
+    for (score, arm), row in found.iterrows():
+        assert row["value"] == pytest.approx(scores(arm, score), rel=1e-5)
+        if arm != "real":
+            gained = scores(arm, score) - scores("real", score)
+            assert row["difference"] == pytest.approx(gained, abs=1e-5)
