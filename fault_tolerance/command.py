@@ -22,9 +22,14 @@ def resume_command() -> str:
             skip = True
         else:
             words.append(word)
-    script = sys.argv[0]
-    own = ["python", os.path.relpath(script)] if script.endswith(".py") else [Path(script).name]
-    return shlex.join([*own, *words])
+    script = Path(sys.argv[0])
+    if script.name == "rl4med-ddpo":
+        start = [script.name]
+    elif script.name == "__main__.py":
+        start = ["python", "-m", "rl4med_ddpo"]
+    else:
+        start = ["python", os.path.relpath(script)]
+    return shlex.join([*start, *words])
 
 
 def disable_process_observer(trainer: L.Trainer) -> None:
