@@ -46,13 +46,13 @@ class Evaluation(Callback):
     """Scores the SampleFolder's images when `test` ends, and compares them with real test images.
 
     Writes `results/metrics.json` in the run folder, with each number's n, 95% interval, network and
-    what it rests on, and beside it the leakage matrix and the nearest training images. What needs
-    real images is left out, and says so, when the data module has no root; FID, KID and LPIPS
-    when their networks' weights are not available.
+    provenance, and to the same folder the leakage matrix and the nearest training images. Scores
+    that need real images are skipped, with a note, when the data module has no root; FID, KID and
+    LPIPS when their networks' weights are not available.
 
     Args:
-        inception: File of Inception weights for FID and KID; null looks in torch's cache, then
-            fetches them.
+        inception: File of Inception weights for FID and KID; null takes them from torch's cache, else
+            downloads them.
         alexnet: File of AlexNet weights for LPIPS; likewise.
     """
 

@@ -36,7 +36,7 @@ set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
 def main(args: list[str] | None = None) -> CommandLine | Path:
-    """Run the command line; `args` stands in for `sys.argv[1:]`."""
+    """Run the command line; `args` replaces `sys.argv[1:]`."""
     given = sys.argv[1:] if args is None else args
     _refuse_former_variable()
     if given and given[0] == "report":

@@ -155,6 +155,6 @@ def _add_lesions(joined: pd.DataFrame, path: Path) -> pd.DataFrame:
             "Take ground truth and\n  metadata of the same release."
         )
     joined = joined.merge(metadata[["id", "lesion_id"]], on="id")
-    # HAM_0000118, BCN_0003884, MSK4_0011169: the collection stands before the underscore
+    # HAM_0000118, BCN_0003884, MSK4_0011169: the collection is the part before the underscore
     source = joined["lesion_id"].str.partition("_")[0].str.rstrip("0123456789")
     return joined.assign(source=source)

@@ -168,7 +168,7 @@ def _rows_of(prompts: Sequence[str], vocabulary: Vocabulary) -> Tensor:
     if unknown:
         near = get_close_matches(unknown[0], known, n=1, cutoff=0)
         raise UserError(
-            f"{len(unknown):,} of the {len(prompts):,} prompts are none of the {len(known)}: "
+            f"{len(unknown):,} of the {len(prompts):,} prompts are not among the {len(known)}: "
             f"{name_few(map(repr, unknown))}.\n  The nearest to the first is {near[0]!r}."
         )
     twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})

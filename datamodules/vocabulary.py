@@ -147,7 +147,7 @@ class Vocabulary:
         return f"{ones}{several or 'no artifacts'}"
 
     def word(self, attribute: str) -> str:
-        """Return an attribute's words without what stands in brackets."""
+        """Return an attribute's words without the part in brackets."""
         return self.words[attribute].partition(" (")[0]
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rl4med_ddpo.foundation.trainer import Trainer
 
 WRITTEN = "fit_events.txt"
-"""Lists the event files that `fit` has written, for `test` and others write beside them."""
+"""Lists the event files that `fit` has written: `test` and others write to the same folder."""
 
 
 class TensorBoardResume(Callback):

@@ -49,7 +49,7 @@ class Watchdog(Callback):
 
     Otherwise the rest would wait in a collective for half an hour, or for ever. The run ends with
     exit code 1; the last lines name the process, its phase, the last checkpoint and the command to
-    go on with. The stacks of a process that hangs are in `stacks` in the run folder.
+    resume. The stacks of a process that hangs are in `stacks` in the run folder.
 
     Args:
         silence: Seconds without a sign of life after which a process counts as dead or stopped.
@@ -172,7 +172,7 @@ class Watchdog(Callback):
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def _look(self) -> None:
-        """Process 0 looks after all, itself included, and the others after process 0."""
+        """Process 0 watches all processes, itself included; the others watch process 0."""
         for rank in range(self.trainer.world_size) if self.rank == 0 else [0]:
             if self.store.check([f"beat/{rank}"]):
                 self._judge(rank, json.loads(self.store.get(f"beat/{rank}")))

@@ -114,7 +114,7 @@ def _is_known(key: str, name: str) -> bool:
 
 
 def _cannot_read(path: Path, error: Exception) -> str:
-    # torch's own message goes on to advise switching the protection off
+    # torch's own message would also advise switching the protection off
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return (

@@ -52,7 +52,7 @@ def jackknife_interval(
 def cluster_numbers(clusters: Sequence[object]) -> NDArray[np.int64]:
     """Number clusters 0, 1, ... by their first appearance; an empty name is a cluster of its own.
 
-    Lesions that nobody named cannot be told apart from others, so each stands for itself.
+    Lesions that nobody named cannot be told apart from others, so each is its own cluster.
     """
     names: dict[object, int] = {}
     return np.array([names.setdefault(c or f"\0{i}", len(names)) for i, c in enumerate(clusters)])

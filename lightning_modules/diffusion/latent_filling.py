@@ -43,8 +43,8 @@ def fill(
 ) -> None:
     """Encode and keep what is missing; what an interrupted call has kept is not made again.
 
-    Images are encoded one at a time: in a batch the last bits would depend on what stands beside
-    them, hence on the number of processes and on what was there before.
+    Images are encoded one at a time: in a batch the last bits would depend on the images next
+    to them, hence on the number of processes and on what was there before.
 
     Args:
         missing: What to encode.

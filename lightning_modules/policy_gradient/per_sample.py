@@ -1,8 +1,8 @@
 """The gradient of each sample of a batch for the weights of low-rank adapters, in one backward.
 
-Autograd sums a weight's gradient over the batch. Here each adapter's product gets, beside its
-weight, a tensor of zeros with one slice a sample; it takes no part in the product, and its gradient
-is that sample's part of the weight's. Backward passes add up in it as they do in any leaf.
+Autograd sums a weight's gradient over the batch. Here each adapter's product gets, next to its
+weight, a tensor of zeros with one slice per sample. It does not change the product, and its
+gradient is that sample's share of the weight's gradient. Backward passes add up in it as they do in any leaf.
 """
 
 from collections.abc import Iterator

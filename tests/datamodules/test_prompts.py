@@ -191,7 +191,7 @@ def test_real_images_beside_the_prompts(folder):
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
         ({"prompts": [HAIRY, HAIRY]}, "a prompt twice"),
         ({"prompts": []}, "list of prompts is empty"),
-        ({"prompts": [HAIRY, "a nevus"]}, "1 of the 2 prompts are none of the 32: 'a nevus'"),
+        ({"prompts": [HAIRY, "a nevus"]}, "1 of the 2 prompts are not among the 32: 'a nevus'"),
         ({"prompts": [HAIRY + "s"]}, "nearest to the first is " + re.escape(repr(HAIRY))),
         ({"prompts": "train"}, "give root"),
         ({"prompts": "trian"}, "none of the 32"),
