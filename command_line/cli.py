@@ -8,13 +8,13 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
 from rl4med_ddpo import callbacks
 from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.launch import first_rank
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck, claim
@@ -155,6 +155,7 @@ class CommandLine(LightningCLI):
         """Add what every run has and what has options of its own: callbacks and the logger."""
         parser.add_lightning_class_args(Resume, "resume")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(DiskSpaceCheck, "run_folder")
         parser.add_lightning_class_args(ModelCheckpoint, "newest_checkpoint")
         parser.set_defaults(DEFAULTS)
         # what the data's conditions mean; models that do not ask for it are left alone
@@ -166,18 +167,19 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Claim the run folder while nothing is built yet."""
-        if self.subcommand != "describe" and rank_zero_only.rank == 0:
+        if self.subcommand != "describe" and first_rank() == 0:
             root = self._get(self.config, "trainer").default_root_dir
             if root is None:
                 raise UserError(
                     "trainer.default_root_dir is null: name a folder for checkpoints and curves; "
                     "--trainer.default_root_dir . is the working directory"
                 )
-            claim(Path(root), self.subcommand)
+            unprotected = self._get(self.config, "run_folder").unprotected
+            claim(Path(root), self.subcommand, unprotected)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
-        always: list[L.Callback] = [DiskSpaceCheck(), TensorBoardResume(), Preflight()]
+        always: list[L.Callback] = [TensorBoardResume(), Preflight()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
             always.append(callbacks.InnerProgressBar())
         self.trainer_defaults = {"callbacks": always}

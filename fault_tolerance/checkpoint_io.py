@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.files import sync_folder
+from rl4med_ddpo.foundation.files import sync, sync_folder
 from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, write_manifest
 from rl4med_ddpo.foundation.progress import progress
 
@@ -129,7 +129,7 @@ def _write(checkpoint: dict[str, Any], part: Path) -> tuple[int, str]:
         hashing = _Hashing(file)
         torch.save(checkpoint, hashing)  # pyright: ignore[reportArgumentType]
         progress.report("save.fsync")
-        os.fsync(file.fileno())
+        sync(file.fileno())
     return hashing.size, hashing.sha256.hexdigest()
 
 

@@ -10,10 +10,12 @@ from typing import IO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from rl4med_ddpo.fault_tolerance.resume import checkpoint_folders
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.files import NOT_SUPPORTED
 from rl4med_ddpo.foundation.trainer import Trainer
 
 PROBE = ".probe"
@@ -22,7 +24,7 @@ LEAST_FREE = 50_000_000
 _held: dict[Path, IO[str]] = {}
 
 
-def claim(folder: Path, command: str) -> None:
+def claim(folder: Path, command: str, unprotected: bool = False) -> None:
     """Check that a run can write its folder, and keep others of the same command out of it.
 
     The lock belongs to the process: the system releases it however the process ends.
@@ -30,12 +32,42 @@ def claim(folder: Path, command: str) -> None:
     Args:
         folder: The run folder, made if need be.
         command: Subcommand of the run; each has a lock of its own.
+        unprotected: Accept a file system without locks or without synced folders.
 
     Raises:
-        UserError: naming the path, and who holds it.
+        UserError: naming the path, and who holds it or what its file system lacks.
     """
     _probe(folder)
-    _lock(folder / f".{command}.lock", folder)
+    lacking = [*_unsynced(folder), *_lock(folder / f".{command}.lock", folder)]
+    _require(lacking, folder, unprotected)
+
+
+def _require(lacking: list[str], folder: Path, unprotected: bool) -> None:
+    """Name what protects a run and is lacking; refuse it unless that is accepted."""
+    if not lacking:
+        return
+    listed = "\n".join(f"    {line}" for line in lacking)
+    message = f"the file system of {folder} lacks what protects a run:\n{listed}"
+    if not unprotected:
+        raise UserError(
+            f"{message}\n  Give a folder on another file system: --trainer.default_root_dir FOLDER, "
+            "or accept this: --run_folder.unprotected=true"
+        )
+    rank_zero_warn(message)
+
+
+def _unsynced(folder: Path) -> list[str]:
+    """Say whether the names in a folder cannot be flushed to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return [f"syncing a folder ({error}): when the machine fails, the last save may be lost"]
+    finally:
+        os.close(descriptor)
+    return []
 
 
 def _probe(folder: Path) -> None:
@@ -60,7 +92,8 @@ def _probe(folder: Path) -> None:
         )
 
 
-def _lock(path: Path, folder: Path) -> None:
+def _lock(path: Path, folder: Path) -> list[str]:
+    """Take the lock; say so if the file system has none."""
     held = _held.pop(path.resolve(), None)
     if held is not None:
         held.close()
@@ -70,6 +103,8 @@ def _lock(path: Path, folder: Path) -> None:
     except OSError as error:
         owner = _owner(file)
         file.close()
+        if error.errno in NOT_SUPPORTED:
+            return [f"locks ({error}): nothing keeps a second run out of the folder"]
         raise UserError(
             f"the run folder {folder} is in use by {owner}.\n"
             "  Two runs would overwrite each other's checkpoints. Wait for that one, stop it, or "
@@ -79,6 +114,7 @@ def _lock(path: Path, folder: Path) -> None:
     json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
     file.flush()
     _held[path.resolve()] = file
+    return []
 
 
 def _owner(file: IO[str]) -> str:
@@ -107,7 +143,15 @@ def require_room(folder: Path, needed: int) -> None:
 
 
 class DiskSpaceCheck(Callback):
-    """Checks, before the first step, that the checkpoints of a run can be written and will fit."""
+    """Checks, before the first step, that the checkpoints of a run can be written and will fit.
+
+    Args:
+        unprotected: Accept a file system without locks, where a second run is not kept out of the
+            folder, or without synced folders, where a failure of the machine may lose a save.
+    """
+
+    def __init__(self, unprotected: bool = False) -> None:
+        self.unprotected = unprotected
 
     def on_fit_start(self, trainer: Trainer, pl_module: L.LightningModule) -> None:
         """Probe the folders of the checkpoints, and compare the room with what will be written."""
@@ -119,6 +163,7 @@ class DiskSpaceCheck(Callback):
         files = 2 + len(trainer.checkpoint_callbacks)
         for folder in checkpoint_folders(trainer):
             _probe(folder)
+            _require(_unsynced(folder), folder, self.unprotected)
             there = sum(p.stat().st_size for p in folder.glob("*.ckpt") if not p.is_symlink())
             require_room(folder, files * (state + moments) - there)
 

@@ -1,9 +1,12 @@
 """Find files that ship with the package, and write files that a crash cannot tear."""
 
+import errno
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+NOT_SUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK})
+"""Errors of a file system that lacks an operation, such as locks or syncing a folder."""
 
 
 def located(name: str | Path) -> Path:
@@ -31,7 +34,7 @@ def write_whole(path: Path, content: str | bytes, part: str = ".part") -> None:
     with unfinished.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     os.replace(unfinished, path)
 
 
@@ -39,6 +42,18 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, where its file system can.
+
+    A run's folders are probed for that at its start: `fault_tolerance.run_folder`.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise

@@ -1,13 +1,16 @@
 import ast
+import errno
 import json
 import os
 import signal
 import socket
+import stat
 import time
 
 import pytest
 
 from rl4med_ddpo.fault_tolerance import run_folder
+from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.run_folder import claim
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import ROOT, ddpo, in_process
@@ -100,6 +103,66 @@ def holder(tmp_path):
 def test_a_second_run_in_a_folder_is_refused(tmp_path, holder):
     message = refused(tmp_path / "run")
     assert f"process {holder} on host {socket.gethostname()}" in message
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"NODE_RANK": "1"},
+        {"GROUP_RANK": "1", "LOCAL_RANK": "0"},
+        {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "2"},
+    ],
+)
+def test_the_other_nodes_of_a_run_are_no_second_run(tmp_path, holder, monkeypatch, place):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="no/pipeline") as error:
+        in_process(*ddpo(tmp_path / "run", *NOTHING_PREPARED))
+    assert "in use" not in str(error.value)
+
+
+@pytest.fixture
+def poor_file_system(monkeypatch):
+    """A file system with neither locks nor synced folders, as some network mounts are."""
+    fsync = os.fsync
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def fsync_of_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    monkeypatch.setattr("os.fsync", fsync_of_files)
+
+
+@pytest.mark.parametrize("config", ["ddpo.yaml", "classifier.yaml", "sd.yaml"])
+def test_what_a_file_system_lacks_is_named_at_the_start(tmp_path, poor_file_system, config):
+    run = f"--trainer.default_root_dir={tmp_path / 'run'}"
+    with pytest.raises(UserError) as error:
+        in_process("fit", f"--config={config}", run, "--trainer.accelerator=cpu")
+    for part in (
+        "locks ([Errno 38] Function not implemented)",
+        "syncing a folder ([Errno 22] Invalid argument)",
+        str(tmp_path / "run"),
+        "--run_folder.unprotected=true",
+    ):
+        assert part in str(error.value)
+    assert "in use" not in str(error.value)
+
+
+def test_a_run_goes_on_without_what_its_file_system_lacks(
+    tiny_pipeline, tiny_classifiers, tmp_path, poor_file_system, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    args = ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers, "--trainer.max_epochs=1")
+    with pytest.warns(UserWarning, match="lacks what protects a run"):
+        in_process(*args, "--model.steps=2", "--run_folder.unprotected=true")
+    saved = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert DurableCheckpointIO().load_checkpoint(saved)["epoch"] == 1
 
 
 def test_another_command_may_use_the_folder(tmp_path, holder):
