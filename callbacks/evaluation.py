@@ -51,8 +51,8 @@ class Evaluation(Callback):
     LPIPS when their networks' weights are not available.
 
     Args:
-        inception: File of Inception weights for FID and KID; null takes them from torch's cache, else
-            downloads them.
+        inception: File of Inception weights for FID and KID; null takes them from
+            torch's cache, else downloads them.
         alexnet: File of AlexNet weights for LPIPS; likewise.
     """
 

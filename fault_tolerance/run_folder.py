@@ -50,8 +50,8 @@ def _require(lacking: list[str], folder: Path, unprotected: bool) -> None:
     message = f"the file system of {folder} lacks what protects a run:\n{listed}"
     if not unprotected:
         raise UserError(
-            f"{message}\n  Give a folder on another file system: --trainer.default_root_dir FOLDER, "
-            "or accept this: --run_folder.unprotected=true"
+            f"{message}\n  Give a folder on another file system: --trainer.default_root_dir "
+            "FOLDER, or accept this: --run_folder.unprotected=true"
         )
     rank_zero_warn(message)
 

@@ -111,7 +111,7 @@ def apr_table(runs: Runs) -> Table:
 
 
 def quality_table(runs: Runs) -> Table:
-    """Lay out Table 3: APR over all prompts, FID and LPIPS, and their substitutes where weights are missing."""
+    """Lay out Table 3: APR over all prompts, FID, LPIPS, and substitutes for missing weights."""
     require_models(runs)
     columns = {model: _quality(runs.samples[model]) for model in MODELS}
     for model in MODELS:

@@ -2,7 +2,8 @@
 
 Autograd sums a weight's gradient over the batch. Here each adapter's product gets, next to its
 weight, a tensor of zeros with one slice per sample. It does not change the product, and its
-gradient is that sample's share of the weight's gradient. Backward passes add up in it as they do in any leaf.
+gradient is that sample's share of the weight's gradient. Backward passes add up in it as they do in
+any leaf.
 """
 
 from collections.abc import Iterator
