@@ -30,10 +30,11 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
-from rl4med_ddpo.metrics.alignment import alignment, leakage, prompt_numbers
+from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
 from rl4med_ddpo.metrics.distribution import distribution_scores
 from rl4med_ddpo.metrics.intervals import cluster_numbers, clustered_mean
+from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.metrics.memorization import memorization
 from rl4med_ddpo.metrics.pairs import Pairs, draw_pairs
 from rl4med_ddpo.metrics.real_images import real_rates
@@ -88,7 +89,7 @@ class Evaluation(Callback):
             results |= self._beside_real(trainer, pl_module, manifest, folder, self.data)
         if not trainer.is_global_zero:
             return
-        matrix = leakage(manifest, self.vocabulary)
+        matrix = leak_matrix(manifest, self.vocabulary)
         write_csv(folder / "leakage.csv", matrix)
         leakage_figure({results["model"]: matrix}, folder / "leakage.png", self.vocabulary)
         path = write_results(trainer.default_root_dir, results)

@@ -76,7 +76,7 @@ class RewardPlateau(EarlyStopping):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do not train on when the resumed run had already ended here."""
-        if self._on_plateau():
+        if self._on_plateau() and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_info(
                 f"{self.stopping_reason_message or self._plateau_message()}\n"

@@ -6,23 +6,27 @@ from typing import Any, Literal
 import lightning as L
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo import callbacks
 from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.ending import at_epoch_end
 from rl4med_ddpo.fault_tolerance.launch import first_rank
+from rl4med_ddpo.fault_tolerance.logger_resume import LoggerResume, reopen
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck, claim
-from rl4med_ddpo.fault_tolerance.settings import settings_of
-from rl4med_ddpo.fault_tolerance.tensorboard_resume import TensorBoardResume
+from rl4med_ddpo.fault_tolerance.settings import callback_settings, settings_of
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.metrics.leaks import find_leaks, require_no_leaks
+from rl4med_ddpo.metrics.split_leaks import find_leaks, require_no_leaks
 
 DEFAULTS = {
     "trainer.default_root_dir": ".",
@@ -78,8 +82,13 @@ class Trainer(L.Trainer):
                 one; null starts from scratch.
         """
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
-        ckpt_path = resume.start_from(self, model, ckpt_path)
+        ckpt_path = resume.start_from(self, model, datamodule, ckpt_path)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _run_stage(self) -> Any:
+        if self.fit_loop.restarting and at_epoch_end(self):
+            _Loop.restarting.__set__(self.fit_loop, False)
+        return super()._run_stage()
 
     def predict(
         self,
@@ -179,7 +188,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
-        always: list[L.Callback] = [TensorBoardResume(), Preflight()]
+        always: list[L.Callback] = [LoggerResume(), Preflight()]
         if self._get(self.config_init, "trainer").enable_progress_bar is not False:
             always.append(callbacks.InnerProgressBar())
         self.trainer_defaults = {"callbacks": always}
@@ -194,10 +203,17 @@ class CommandLine(LightningCLI):
                 f"precision {precision} needs a GPU, and this run is on the CPU. Allowed here are "
                 "32-true and bf16-mixed: --trainer.precision 32-true"
             )
+        for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
+            if timer._interval == Interval.step:
+                rank_zero_info("max_time is checked after each epoch: so a resume is exact")
+                timer._interval = Interval.epoch
         # first, so that it leaves before anything of a batch is logged
         trainer.callbacks.insert(0, Preemption())
         resume = next(c for c in trainer.callbacks if isinstance(c, Resume))
-        resume.settings = settings_of(self.config[self.subcommand].as_dict())
+        config = self.config[self.subcommand].as_dict()
+        resume.settings, resume.callback_settings = settings_of(config), callback_settings(config)
+        if self.subcommand != "fit":
+            reopen(trainer, [], resumes=False)
         return trainer
 
     def _instantiate_trainer(

@@ -1,5 +1,6 @@
 """The ISIC 2019 melanomas and nevi with their artifacts, as batches of images and prompts."""
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from rl4med_ddpo.datamodules.sampling import EpochSampler, TrainLoader, inverse_
 from rl4med_ddpo.datamodules.splits import Splits, make_splits
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import key_of
 
 Item = dict[str, Tensor | str]
 
@@ -147,6 +149,24 @@ class ISICDataModule(LightningDataModule):
         """Find the image files of some rows of the joined table."""
         return find_images(self.folder, rows, self.images)
 
+    def contents(self) -> dict[str, str]:
+        """Name by their content the tables that decide a training: ids, labels and splits.
+
+        Returns:
+            `tables`, and `extra` where images are added: the number of images and a digest, which
+            a resume compares.
+        """
+        named = {"tables": [self.splits.train, self.splits.val]}
+        if self.extra is not None:
+            named["extra"] = [self._extra_rows()[1]]
+        return {name: self._digest(frames) for name, frames in named.items()}
+
+    def _digest(self, frames: Sequence[pd.DataFrame]) -> str:
+        columns = ["id", *self.vocabulary.attributes]
+        texts = [frame[columns].to_csv(index=False) for frame in frames]
+        counts = " + ".join(f"{len(frame):,}" for frame in frames)
+        return f"{counts} images, digest {key_of(*texts)[:12]}"
+
     def describe(self) -> str:
         """Say what the tables hold: the paper's counts, subgroups, leaks. No image is read."""
         seeded = self.split in ("paper", "lesion")
@@ -173,9 +193,7 @@ class ISICDataModule(LightningDataModule):
             self.train_set = self.dataset("train", flip=self.augment)
             self.train_set.distortion_seed = self.seed if self.distort else None
             if self.extra is not None:
-                root, rows = extra_rows(
-                    self.extra, self.splits.train, self.folder, self.seed, self.vocabulary
-                )
+                root, rows = self._extra_rows()
                 images = self.images if root == self.folder else INPUT
                 self.train_set.extend(
                     ISICDataset(rows, root, self.size, images=images, vocabulary=self.vocabulary)
@@ -184,6 +202,10 @@ class ISICDataModule(LightningDataModule):
             self.val_set = self.dataset("val")
         if stage in ("test", "predict"):
             self.test_set = self.dataset("test")
+
+    def _extra_rows(self) -> tuple[Path, pd.DataFrame]:
+        assert self.extra is not None
+        return extra_rows(self.extra, self.splits.train, self.folder, self.seed, self.vocabulary)
 
     def train_dataloader(self) -> DataLoader[Item]:
         """Draw the training images as (seed, epoch) decides; each process gets its share."""

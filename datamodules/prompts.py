@@ -120,6 +120,10 @@ class ISICPromptDataModule(ISICDataModule):
         self.eval_batch_size = eval_batch_size
         self.predict_batch_size = predict_batch_size
 
+    def contents(self) -> dict[str, str]:
+        """Name the tables by their content, if the prompts are drawn from them."""
+        return super().contents() if self.draws_from_train else {}
+
     def setup(self, stage: str) -> None:
         """Read the tables, if the prompts are drawn from them."""
         if stage == "fit" and self.draws_from_train:

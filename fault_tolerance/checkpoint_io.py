@@ -81,6 +81,8 @@ def _manifest(checkpoint: dict[str, Any], name: str, size: int, sha256: str) -> 
         global_step=checkpoint.get("global_step", 0),
         between_steps=run.get("between_steps", True),
         settings=run.get("settings", {}),
+        ended=run.get("ended", {}),
+        loggers=run.get("loggers", []),
     )
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rl4med_ddpo.fault_tolerance.ending import stops_within_epoch
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.trainer import Trainer
 
@@ -87,11 +88,12 @@ class LoggerResume(Callback):
         """Compute what Lightning logs once the hooks at the end of an epoch are through."""
         connector = trainer._logger_connector
         at_epoch_end = trainer.training and connector._first_loop_iter is None
+        at_epoch_end = at_epoch_end and not stops_within_epoch(trainer)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         if not at_epoch_end:
             return {}, step
         metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
-        return (metrics | {"epoch": float(trainer.current_epoch)} if metrics else {}), step
+        return (metrics | {"epoch": trainer.current_epoch} if metrics else {}), step
 
 
 class KeepingWriter(ExperimentWriter):

@@ -136,6 +136,9 @@ class Preemption(Callback):
         every = trainer.val_check_batch
         if batch_idx == 0 or not every or batch_idx % every == 0:
             return
+        # a checkpoint does not hold the gradients of the batches before
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
         if asked := self._agreed(trainer):
             self._leave(trainer, asked, self._unsaved(trainer, between_batches))
 

@@ -29,6 +29,8 @@ IGNORED_KEYS = frozenset(
     }
 )
 TRAINER_SETTINGS = (
+    "overfit_batches",
+    "sync_batchnorm",
     "precision",
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -37,6 +39,7 @@ TRAINER_SETTINGS = (
 )
 SHA256 = "sha256 of "
 COMMIT = "commit of "
+CONTENT = "content of "
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -70,8 +73,25 @@ def is_allowed(key: str, allowed: Iterable[str]) -> bool:
 
     The hash of a file, or the commit of a hub id, goes with the option that names it.
     """
-    name = key.removeprefix(SHA256).removeprefix(COMMIT)
+    name = key.removeprefix(SHA256).removeprefix(COMMIT).removeprefix(CONTENT)
     return any(name == given or name.endswith(f".{given}") for given in allowed)
+
+
+def callback_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Name the options of the run's own callbacks, without folders, and the limit of its time.
+
+    Args:
+        config: Of one subcommand, with `trainer`.
+    """
+    trainer = config.get("trainer") or {}
+    own = trainer.get("callbacks") or []
+    named = {"Timer.max_time": str(trainer.get("max_time"))}
+    for callback in own if isinstance(own, list) else [own]:
+        name = callback["class_path"].rpartition(".")[2]
+        named[name] = callback["class_path"]
+        options = _flat(name, callback.get("init_args") or {})
+        named |= {key: value for key, value in options if not key.endswith("dirpath")}
+    return named
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

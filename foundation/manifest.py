@@ -20,6 +20,9 @@ class Manifest:
         global_step: Optimizer steps taken.
         between_steps: Whether training can resume from it exactly: no validation was running.
         settings: What the run's course depends on, by key.
+        ended: Empty while the run goes on. Else `why` it ended before its last epoch or step, and
+            the `settings` of the callbacks that ended it.
+        loggers: Folder (relative to the run's) and version of each logger that a resume continues.
     """
 
     file: str
@@ -29,6 +32,8 @@ class Manifest:
     global_step: int
     between_steps: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    ended: dict[str, Any] = field(default_factory=dict)
+    loggers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def manifest_path(checkpoint: Path) -> Path:

@@ -65,6 +65,9 @@ class AttributeClassifier(L.LightningModule):
     mean: Tensor
     std: Tensor
 
+    schedule_follows_trainer = True
+    """The learning rate falls until the end of the run: a resume compares the run's length."""
+
     def __init__(
         self,
         backbone: str = "efficientnet_b0",

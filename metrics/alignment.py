@@ -1,4 +1,4 @@
-"""How well samples show what was asked for: rates and the leakage matrix, from a manifest alone."""
+"""How well samples show what was asked for: rates, from a manifest alone."""
 
 from typing import Any
 
@@ -103,21 +103,3 @@ def alignment(manifest: pd.DataFrame, vocabulary: Vocabulary) -> dict[str, Any]:
     if of_reward is not None:
         result["apr6"] = rate(exact(manifest, of_reward, vocabulary))
     return result
-
-
-def leakage(manifest: pd.DataFrame, vocabulary: Vocabulary) -> pd.DataFrame:
-    """Return the share of each prompt's samples that show each attribute, `(P, A)`.
-
-    The judge reads the artifacts, the reward network the diseases, which the judge cannot. Where a
-    prompt asks for an attribute the share should be 1, elsewhere 0: what is there leaked in. NaN
-    where there is no sample or no reader.
-    """
-    several, ones = list(vocabulary.any_of), list(vocabulary.one_of)
-    shown = pd.DataFrame(np.nan, index=manifest.index, columns=several + ones)
-    shown[several] = judged(manifest, vocabulary).astype(float)
-    of_reward = readings(manifest, "reward", vocabulary)
-    if of_reward is not None and ones:
-        shown[ones] = of_reward[:, len(several) :].astype(float)
-    numbers = prompt_numbers(manifest, vocabulary)
-    by_prompt = shown.groupby(numbers).mean().reindex(range(len(vocabulary.keys)))
-    return by_prompt.set_axis(vocabulary.names).rename_axis("prompt")

@@ -15,7 +15,7 @@ DPI = 110
 
 
 def leakage_figure(matrices: dict[str, pd.DataFrame], path: Path, vocabulary: Vocabulary) -> None:
-    """Draw matrices of `metrics.alignment.leakage` side by side, for each model one.
+    """Draw matrices of `metrics.leak_matrix` side by side, for each model one.
 
     A frame marks what the prompt asks for; there the share should be 1, elsewhere 0. Colour is the
     error: red is an attribute that leaked in or failed to appear.

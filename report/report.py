@@ -16,7 +16,7 @@ from PIL import Image
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import sha256_of
-from rl4med_ddpo.metrics.alignment import leakage
+from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.report.figures import leakage_figure
 from rl4med_ddpo.report.pictures import few_real_figure, prompt_figure, same_seed_figure
 from rl4med_ddpo.report.results import write_csv
@@ -111,7 +111,7 @@ def _write_figures(runs: Runs, output: Path) -> list[str]:
 
 def _matrices(runs: Runs, path: Path) -> None:
     vocabulary = runs.vocabulary
-    matrices = {model: leakage(runs.manifest(model), vocabulary) for model in MODELS}
+    matrices = {model: leak_matrix(runs.manifest(model), vocabulary) for model in MODELS}
     for model, matrix in matrices.items():
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
     leakage_figure(matrices, path, vocabulary)

@@ -194,7 +194,7 @@ def test_real_images_beside_the_prompts(folder):
         ({"prompts": [HAIRY, "a nevus"]}, "1 of the 2 prompts are not among the 32: 'a nevus'"),
         ({"prompts": [HAIRY + "s"]}, "nearest to the first is " + re.escape(repr(HAIRY))),
         ({"prompts": "train"}, "give root"),
-        ({"prompts": "trian"}, "none of the 32"),
+        ({"prompts": "trian"}, "not among the 32"),
         ({"size": 0}, "size=0"),
     ],
 )

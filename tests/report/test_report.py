@@ -21,7 +21,8 @@ from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.metrics.alignment import alignment, exact, leakage, readings
+from rl4med_ddpo.metrics.alignment import alignment, exact, readings
+from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.report import markdown
 from support.dermoscopy import (
@@ -214,7 +215,7 @@ def test_a_folder_without_results_says_what_to_run(tmp_path):
 
 def test_leakage_counts_what_the_networks_read():
     table = manifest(2, 0.7)
-    matrix = leakage(table, DERMOSCOPY)
+    matrix = leak_matrix(table, DERMOSCOPY)
     assert matrix.shape == (32, 6)
     for name, condition, prompt in zip(matrix.index, CONDITIONS, PROMPTS, strict=True):
         rows = table[table["prompt"] == prompt]

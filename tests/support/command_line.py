@@ -35,6 +35,37 @@ def ddpo(folder, pipeline, classifiers, *more):
     ]
 
 
+QUIET = (
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+
+
+def classifier(folder, isic, *more):
+    """Options that make classifier.yaml tiny: of 64 images, 6 steps an epoch."""
+    return [
+        "fit", "--config=classifier.yaml", "--model.backbone=test_efficientnet",
+        "--model.pretrained=false", "--model.image_size=32", "--data.copies=null",
+        *_images(folder, isic), *QUIET, *more,
+    ]  # fmt: skip
+
+
+def fine_tuning(folder, pipeline, isic, *more):
+    """Options that make sd.yaml tiny: of 64 images, 6 steps an epoch."""
+    return [
+        "fit", "--config=sd.yaml", f"--model.pipeline={pipeline}", "--model.steps=2",
+        "--model.cache=null", *_images(folder, isic), *QUIET, *more,
+    ]  # fmt: skip
+
+
+def _images(folder, isic):
+    return [
+        f"--data.root={isic}", "--data.size=16", "--data.batch_size=8", "--data.num_workers=0",
+        f"--trainer.default_root_dir={folder}",
+    ]  # fmt: skip
+
+
 def in_process(*args):
     """Run the command line here."""
     return main(list(args))

@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rl4med_ddpo.callbacks import RewardPlateau, SampleGrid
 from rl4med_ddpo.command_line import Trainer
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
+from rl4med_ddpo.fault_tolerance.logger_resume import LoggerResume
 from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck
-from rl4med_ddpo.fault_tolerance.tensorboard_resume import TensorBoardResume
 from rl4med_ddpo.lightning_modules import DDPO
 from support.dermoscopy import PROMPTS
 from support.tiny import prompts, tiny_ddpo
@@ -44,7 +44,7 @@ def trainer_of(folder, callbacks=(), every_n_epochs=1, allow=None, **options):
             newest,
             Resume(allow),
             DiskSpaceCheck(),
-            TensorBoardResume(),
+            LoggerResume(),
         ],
     }
     return Trainer(**(defaults | options))

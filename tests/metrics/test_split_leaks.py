@@ -11,7 +11,7 @@ from rl4med_ddpo.datamodules.annotations import GROUND_TRUTH, METADATA
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.metrics.leaks import find_leaks
+from rl4med_ddpo.metrics.split_leaks import find_leaks
 
 PARTS = {"train": 20, "val": 6, "test": 6}
 
