@@ -28,7 +28,7 @@ from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
@@ -84,7 +84,7 @@ class Evaluation(Callback):
         }
         for name in ("apr", "reward"):
             pl_module.log(f"test/{name}", results[name], rank_zero_only=True)
-        folder = Path(trainer.default_root_dir) / RESULTS
+        folder = products_folder(trainer) / RESULTS
         if self.data is not None:
             results |= self._beside_real(trainer, pl_module, manifest, folder, self.data)
         if not trainer.is_global_zero:
@@ -92,7 +92,7 @@ class Evaluation(Callback):
         matrix = leak_matrix(manifest, self.vocabulary)
         write_csv(folder / "leakage.csv", matrix)
         leakage_figure({results["model"]: matrix}, folder / "leakage.png", self.vocabulary)
-        path = write_results(trainer.default_root_dir, results)
+        path = write_results(products_folder(trainer), results)
         missing = "".join(
             f"\n  not computed: {why}" for why in dict.fromkeys(self.unavailable.values())
         )

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.files import write_whole
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, trial
 from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.report.model_card import model_card
@@ -36,7 +36,7 @@ class Export(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         """Write the folder on rank 0."""
-        if not trainer.is_global_zero or not self.dirpath:
+        if not trainer.is_global_zero or not self.dirpath or trial(trainer):
             return
         if self.weights == "best":
             self._load_best(trainer, pl_module)
@@ -47,7 +47,7 @@ class Export(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         """Put the scores into the card of what was scored."""
         results = Path(trainer.default_root_dir) / RESULTS / METRICS
-        card = self.dirpath and self.dirpath / CARD_FILE
+        card = None if trial(trainer) or not self.dirpath else self.dirpath / CARD_FILE
         if trainer.is_global_zero and card and card.is_file() and results.is_file():
             self._write_card(card, trainer, pl_module, json.loads(results.read_text()))
 

@@ -1,7 +1,6 @@
 """Keep what a classifier says of each test image, for Table 4 and whoever wants to recount."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo.datamodules.provenance import data_provenance
 from rl4med_ddpo.foundation.hashes import weights_digest
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
 
@@ -55,7 +54,7 @@ class Predictions(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: AttributeClassifier) -> None:
         """Merge the processes' rows and write them on the first."""
-        folder = Path(trainer.default_root_dir) / RESULTS
+        folder = products_folder(trainer) / RESULTS
         part = folder / f"predictions-{trainer.global_rank}.part.csv"
         write_csv(part, pd.DataFrame(self.rows), index=False)
         trainer.strategy.barrier("Predictions")
@@ -70,7 +69,7 @@ class Predictions(Callback):
         for p in parts:
             p.unlink()
         path = write_results(
-            trainer.default_root_dir, self._results(trainer, pl_module, len(found))
+            products_folder(trainer), self._results(trainer, pl_module, len(found))
         )
         rank_zero_info(f"predictions of {len(found):,} test images next to {path}")
 

@@ -1,6 +1,7 @@
 """Keep what `predict` and `test` draw as a folder that reads like ISIC 2019."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rl4med_ddpo.datamodules.sample_tables import write_tables
 from rl4med_ddpo.foundation.errors import UserError, name_few
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import tensors_of, weights_digest
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, products_folder, trial
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.samples import Samples
 
@@ -42,11 +43,14 @@ class SampleFolder(Callback):
     """
 
     def __init__(self, dirpath: str) -> None:
-        self.root = Path(dirpath)
-        self.images = self.root / INPUT
+        self.dirpath = Path(dirpath)
+        self._take(self.dirpath)
         self.asked: list[str] = []
         self.drawn = 0
         self.threads = torch.get_num_threads()
+
+    def _take(self, root: Path) -> None:
+        self.root, self.images = root, root / INPUT
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: DDPO) -> None:
         """Compare the folder's settings with these."""
@@ -117,6 +121,9 @@ class SampleFolder(Callback):
     def _open(self, trainer: L.Trainer, pl_module: DDPO) -> None:
         self.asked, self.drawn = [], 0
         settings = settings_of(trainer, pl_module)
+        self._take(products_folder(trainer) / self.dirpath.name if trial(trainer) else self.dirpath)
+        if trial(trainer) and trainer.is_global_zero:
+            shutil.rmtree(self.root, ignore_errors=True)
         try:
             self.images.mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:

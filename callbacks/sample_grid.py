@@ -11,7 +11,7 @@ from PIL import Image
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import keys
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.report.sheet import Panel, in_rows, save_png, sheet
 
@@ -90,7 +90,7 @@ class SampleGrid(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: TextToImage) -> None:
         """Draw what was scored, as `grids/test.png`."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            save_png(self._grid(pl_module), Path(trainer.default_root_dir) / "grids" / "test.png")
+            save_png(self._grid(pl_module), products_folder(trainer) / "grids" / "test.png")
 
     def _draw(self, trainer: Trainer, pl_module: TextToImage, epoch: int) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or self.drawn_epoch == epoch:

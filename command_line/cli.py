@@ -24,8 +24,10 @@ from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck, claim
 from rl4med_ddpo.fault_tolerance.settings import callback_settings, settings_of
+from rl4med_ddpo.fault_tolerance.trained_weights import refuse_misfits, scored_weights
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.trainer import products_folder, trial
 from rl4med_ddpo.metrics.split_leaks import find_leaks, require_no_leaks
 
 DEFAULTS = {
@@ -54,6 +56,12 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the file on rank 0, replacing that of an earlier run of the same subcommand."""
         assert trainer.state.fn is not None
+        if why := trial(trainer):
+            rank_zero_info(
+                f"a trial run ({why}): what the run folder holds is left alone; results, if any, "
+                f"are in {products_folder(trainer)}"
+            )
+            return
         self.config_filename = f"config_{trainer.state.fn.value}.yaml"
         super().setup(trainer, pl_module, stage)
 
@@ -82,8 +90,65 @@ class Trainer(L.Trainer):
                 one; null starts from scratch.
         """
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
+        if trial(self):
+            # Lightning would still write last.ckpt
+            self.callbacks = [c for c in self.callbacks if not isinstance(c, ModelCheckpoint)]
+            ckpt_path = None if ckpt_path == "last" else ckpt_path
         ckpt_path = resume.start_from(self, model, datamodule, ckpt_path)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        with refuse_misfits(ckpt_path):
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def validate(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score the validation data.
+
+        Args:
+            model: The model to score.
+            dataloaders: Not used: the data module has them.
+            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
+                that the model's own arguments name, such as a policy, or else the best.
+            verbose: Print the scores.
+            datamodule: The data.
+            weights_only: Not needed: a checkpoint is never loaded otherwise.
+        """
+        assert model is not None
+        ckpt_path = scored_weights(self, model, ckpt_path)
+        with refuse_misfits(ckpt_path):
+            return super().validate(
+                model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+            )
+
+    def test(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score the test data, or what is drawn for the test prompts.
+
+        Args:
+            model: The model to score.
+            dataloaders: Not used: the data module has them.
+            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
+                that the model's own arguments name, such as a policy, or else the best.
+            verbose: Print the scores.
+            datamodule: The data.
+            weights_only: Not needed: a checkpoint is never loaded otherwise.
+        """
+        assert model is not None
+        ckpt_path = scored_weights(self, model, ckpt_path)
+        with refuse_misfits(ckpt_path):
+            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def _run_stage(self) -> Any:
         if self.fit_loop.restarting and at_epoch_end(self):
@@ -106,12 +171,16 @@ class Trainer(L.Trainer):
             dataloaders: Not used: the data module has them.
             datamodule: The prompts to draw for.
             return_predictions: Keep all of them in memory, as a notebook may want.
-            ckpt_path: Not needed: the model's own arguments name its weights.
-            weights_only: Load ckpt_path without running code from it.
+            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
+                that the model's own arguments name.
+            weights_only: Not needed: a checkpoint is never loaded otherwise.
         """
-        return super().predict(
-            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
-        )
+        assert model is not None
+        ckpt_path = scored_weights(self, model, ckpt_path)
+        with refuse_misfits(ckpt_path):
+            return super().predict(
+                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+            )
 
     def describe(
         self,

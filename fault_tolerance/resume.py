@@ -18,6 +18,7 @@ from rl4med_ddpo.fault_tolerance.settings import COMMIT, CONTENT, differences, i
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.manifest import Manifest, manifest_path, read_manifest
 from rl4med_ddpo.foundation.randomness import key
+from rl4med_ddpo.foundation.trainer import trial
 
 SCHEDULE = "learning rate schedule"
 
@@ -59,7 +60,7 @@ class Resume(Callback):
         self._complete_settings(trainer, pl_module, datamodule)
         self.found, self.changed, self.loaded, self.has_trained = None, {}, {}, False
         place_checkpoints(trainer)
-        if not trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if not trainer.checkpoint_callbacks and not trial(trainer):
             rank_zero_warn("this run keeps no checkpoints: it cannot be resumed")
         if ckpt_path == "last":
             repair = rank_zero_only.rank == 0

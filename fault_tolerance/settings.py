@@ -29,6 +29,7 @@ IGNORED_KEYS = frozenset(
     }
 )
 TRAINER_SETTINGS = (
+    "limit_val_batches",
     "overfit_batches",
     "sync_batchnorm",
     "precision",

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rl4med_ddpo.datamodules.images import to_eight_bits
+from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import generator, key, keys
 from rl4med_ddpo.lightning_modules.classifier import load_classifier, require_same_attributes
@@ -202,10 +203,14 @@ class DDPO(TextToImage):
         if not is_hub_id(self.hparams.pipeline):
             made_by = "rl4med-ddpo fit --config sd.yaml"
             found.append(Prerequisite(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
-        if stage in ("test", "predict") and self.hparams.policy:
+        if stage in ("validate", "test", "predict") and self.hparams.policy:
             made_by = "rl4med-ddpo fit --config ddpo.yaml"
             found.append(Prerequisite(self.hparams.policy, "the trained policy", made_by))
         return found
+
+    def exported_weights(self) -> str:
+        """Name what is sampled from without a checkpoint: the policy, or the pipeline itself."""
+        return self.hparams.policy or self.hparams.pipeline
 
     def configure_model(self) -> None:
         """Load the pipeline, the reward's networks and the judge, and put the parts together."""
@@ -246,10 +251,15 @@ class DDPO(TextToImage):
         )
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
-        """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
-        if self._trainer and self.trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING):
-            if self.hparams.policy:
-                load_policy(unet, Path(self.hparams.policy))
+        """Make the policy: trainable for `fit`, the exported one for all else.
+
+        Without a Trainer it is the exported one if `policy` is given, else trainable.
+        """
+        exported = self.hparams.policy
+        fits = self.trainer.state.fn == TrainerFn.FITTING if self._trainer else not exported
+        if not fits:
+            if exported:
+                load_policy(unet, Path(exported))
         elif self.hparams.train == "lora":
             add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
         else:
@@ -257,6 +267,11 @@ class DDPO(TextToImage):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimize the adapters or the full U-Net, whichever is trained."""
+        if not self.trained_parameters():
+            raise UserError(
+                f"this DDPO has loaded the policy {self.hparams.policy} to be sampled from, before "
+                "it had a Trainer.\n  To train, make another one, and leave configure_model to fit"
+            )
         return self.optimizer(self.trained_parameters())
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -98,7 +98,7 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
         folder: Adapters, or a whole pipeline whose U-Net replaces this one's weights.
 
     Raises:
-        UserError: if there are no safetensors of either kind.
+        UserError: if there are no safetensors of either kind, or if adapters are missing.
     """
     try:
         if (folder / "model_index.json").is_file():
@@ -108,6 +108,7 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
             unet.load_lora_adapter(
                 str(folder), prefix="unet", adapter_name=ADAPTER, use_safetensors=True
             )
+            _require_whole(unet, folder)
     except UNREADABLE as error:
         raise UserError(
             f"cannot load the policy at {folder}: {error}\n"
@@ -115,3 +116,20 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
             "pipeline in safetensors, as `fit` exports them."
         ) from error
     unet.requires_grad_(False)
+
+
+def _require_whole(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Refuse adapters of which the file's own configuration names more than it holds."""
+    targets = unet.peft_config[ADAPTER].target_modules or ()
+    if isinstance(targets, str):
+        return
+    ends = tuple(f".{target}" for target in targets)
+    modules = dict(unet.named_modules())
+    asked = [name for name in modules if f".{name}".endswith(ends)]
+    missing = [name for name in asked if f"{name}.lora_A.{ADAPTER}" not in modules]
+    if missing:
+        raise UserError(
+            f"the policy at {folder} is not whole: {len(missing)} of its {len(asked)} adapters "
+            f"are missing, such as that of {missing[0]}.\n"
+            "  Export it again, or copy the whole folder"
+        )
