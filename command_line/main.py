@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rl4med_ddpo import __version__
 from rl4med_ddpo.command_line.cli import CommandLine, SaveConfig, Trainer
@@ -29,6 +30,11 @@ EXPECTED = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "torch.distributed.nn.functional.all_gather is deprecated",
 )
+REMEDIES = {
+    MisconfigurationException: "\n  It is one of the trainer's options, or this machine lacks what "
+    "they ask for: --trainer.accelerator auto takes what there is",
+    ModuleNotFoundError: "\n  Install what is missing, or leave out what asks for it",
+}
 for message in EXPECTED:
     warnings.filterwarnings("ignore", f".*{message}")
 
@@ -50,9 +56,10 @@ def main(args: list[str] | None = None) -> CommandLine | Path:
         return _command_line(args)
     except Exception as error:
         # the parser wraps what a constructor raises
-        if (cause := _user_error(error)) is None or cause is error:
+        cause = _cause(error, UserError) or _cause(error, (MisconfigurationException, ImportError))
+        if cause is None or (cause is error and isinstance(error, UserError)):
             raise
-        raise UserError(str(cause)) from error
+        raise UserError(f"{cause}{REMEDIES.get(type(cause), '')}") from error
 
 
 def _refuse_former_variable() -> None:
@@ -91,9 +98,11 @@ def _command_line(args: list[str] | None) -> CommandLine:
     )
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Find the user's mistake that an error was raised for."""
-    while error is not None and not isinstance(error, UserError):
+def _cause(
+    error: BaseException | None, kinds: type[Exception] | tuple[type[Exception], ...]
+) -> BaseException | None:
+    """Find the error of some kinds that another was raised for."""
+    while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
     return error
 
