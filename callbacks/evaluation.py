@@ -30,6 +30,7 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.trained_weights import weights_file
 from rl4med_ddpo.metrics.alignment import alignment, leakage, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
 from rl4med_ddpo.metrics.distribution import distribution_scores
@@ -75,7 +76,7 @@ class Evaluation(Callback):
         manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
         results = {
             "kind": "samples",
-            "model": "SD+RL" if pl_module.hparams.policy else "SD",
+            "model": "SD+RL" if pl_module.trained_from else "SD",
             **alignment(manifest, self.vocabulary),
             "vocabulary": asdict(self.vocabulary),
             "unavailable": self.unavailable,
@@ -221,7 +222,9 @@ class Evaluation(Callback):
             "samples": len(manifest),
             "samples_folder": str(self.samples.root),
             "pipeline": str(pl_module.hparams.pipeline),
-            "policy": pl_module.hparams.policy,
+            "before_training": pl_module.before_training,
+            "policy": pl_module.trained_from,
+            "weights": weights_file(Path(pl_module.trained_from or pl_module.hparams.pipeline)),
             "judge": {
                 "checkpoint": pl_module.hparams.judge,
                 "digest": weights_digest(pl_module.scorer.judge.module),

@@ -1,5 +1,7 @@
 """The commands `fit`, `validate`, `test`, `predict` and `describe`, by LightningCLI."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,8 @@ from rl4med_ddpo.fault_tolerance.settings import settings_of
 from rl4med_ddpo.fault_tolerance.tensorboard_resume import TensorBoardResume
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.lightning_modules.trained_weights import scored_checkpoint, weights_that_fit
 from rl4med_ddpo.metrics.leaks import find_leaks, require_no_leaks
 
 DEFAULTS = {
@@ -55,7 +59,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer; `fit` and `predict` resume by themselves, `describe` is a command."""
+    """Lightning's trainer: `fit` resumes, the others score what was trained, `describe` is new."""
 
     callbacks: list[L.Callback]
 
@@ -81,13 +85,61 @@ class Trainer(L.Trainer):
         ckpt_path = resume.start_from(self, model, ckpt_path)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
 
+    def validate(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = "trained",
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score the validation data.
+
+        Args:
+            model: The model to score.
+            dataloaders: Not used: the data module has them.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
+            verbose: Print the scores.
+            datamodule: The data.
+            weights_only: Load ckpt_path without running code from it.
+        """
+        with self._scored(model, ckpt_path) as path:
+            return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = "trained",
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Score the test data.
+
+        Args:
+            model: The model to score.
+            dataloaders: Not used: the data module has them.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
+            verbose: Print the scores.
+            datamodule: The data.
+            weights_only: Load ckpt_path without running code from it.
+        """
+        with self._scored(model, ckpt_path) as path:
+            return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
+
     def predict(
         self,
         model: L.LightningModule | None = None,
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         return_predictions: bool | None = False,
-        ckpt_path: str | None = None,
+        ckpt_path: str | None = "trained",
         weights_only: bool | None = None,
     ) -> Any:
         """Draw samples; a SampleFolder callback keeps them.
@@ -97,12 +149,29 @@ class Trainer(L.Trainer):
             dataloaders: Not used: the data module has them.
             datamodule: The prompts to draw for.
             return_predictions: Keep all of them in memory, as a notebook may want.
-            ckpt_path: Not needed: the model's own arguments name its weights.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
             weights_only: Load ckpt_path without running code from it.
         """
-        return super().predict(
-            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
-        )
+        with self._scored(model, ckpt_path) as path:
+            return super().predict(
+                model, dataloaders, datamodule, return_predictions, path, weights_only
+            )
+
+    @contextmanager
+    def _scored(
+        self, model: L.LightningModule | None, ckpt_path: str | None
+    ) -> Iterator[str | None]:
+        """Choose the checkpoint of an evaluation, and let the model know that one will come."""
+        if model is None:
+            yield ckpt_path
+            return
+        path = scored_checkpoint(self, model, ckpt_path)
+        if isinstance(model, TextToImage):
+            model.awaits_checkpoint = path is not None
+        with weights_that_fit(model, path):
+            yield path
 
     def describe(
         self,

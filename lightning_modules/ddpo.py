@@ -19,6 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rl4med_ddpo.datamodules.images import to_eight_bits
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import generator, key, keys
 from rl4med_ddpo.lightning_modules.classifier import load_classifier, require_same_attributes
@@ -70,6 +72,7 @@ from rl4med_ddpo.lightning_modules.rewards.base import Reward
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.lightning_modules.trained_weights import announce
 
 
 class DDPO(TextToImage):
@@ -81,8 +84,9 @@ class DDPO(TextToImage):
     Args:
         pipeline: The fine-tuned pipeline to start from: a folder, a .safetensors file or a hub id.
         unet: Folder of a U-Net that replaces the pipeline's; null keeps it.
-        policy: Folder of the trained policy: `fit` exports its best one there, `test` and
-            `predict` read it. null scores the pipeline as it is (the paper's row "SD").
+        policy: Folder of the trained policy: `fit` exports its best one there, `test`,
+            `predict` and `validate` read it, unless they are given a checkpoint. null scores the
+            pipeline as it is (the paper's row "SD").
         judge: Checkpoint of the classifier that scores APR; never the reward's own weights.
         reward: What an image earns. The paper's is the share of attributes read as asked.
         train: Low-rank adapters on the attention layers, or the full U-Net.
@@ -175,6 +179,8 @@ class DDPO(TextToImage):
         }[baseline]  # fmt: skip
         self.advantages = partial(standardise, std_floor=std_floor, clip=advantage_clip)
         self.skipped = SkippedUpdates()
+        # digest of the U-Net that training starts from, once an evaluation has loaded it
+        self.before_training: str | None = None
         self.scores_are_whole = True
         # first step that may be trained, and the first after; steps that each sample trains
         self.window_of_steps = timestep_window or (0, steps)
@@ -189,6 +195,16 @@ class DDPO(TextToImage):
         if stage != "fit":
             return
         require_precision(self.trainer.precision)
+        if (
+            hasattr(self, "model")
+            and self.hparams.policy
+            and self.trained_from == self.hparams.policy
+        ):
+            raise UserError(
+                f"policy={self.hparams.policy} was read outside of a trainer, to draw from: it is "
+                "not trained further.\n  Let the trainer put the module together, or leave "
+                "policy out"
+            )
         samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
         if samples is not None:
             require_divisible(samples, self.hparams.updates, self.trainer.world_size)
@@ -202,7 +218,7 @@ class DDPO(TextToImage):
         if not is_hub_id(self.hparams.pipeline):
             made_by = "rl4med-ddpo fit --config sd.yaml"
             found.append(Prerequisite(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
-        if stage in ("test", "predict") and self.hparams.policy:
+        if stage != "fit" and self.hparams.policy and not self.awaits_checkpoint:
             made_by = "rl4med-ddpo fit --config ddpo.yaml"
             found.append(Prerequisite(self.hparams.policy, "the trained policy", made_by))
         return found
@@ -246,10 +262,17 @@ class DDPO(TextToImage):
         )
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
-        """Make the policy: trainable for `fit`, the exported one for `test` and `predict`."""
-        if self._trainer and self.trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING):
-            if self.hparams.policy:
-                load_policy(unet, Path(self.hparams.policy))
+        """Make the policy: trainable for `fit` and checkpoints, else the exported one."""
+        fitting = self._trainer and self.trainer.state.fn == TrainerFn.FITTING
+        self.before_training = None if fitting else weights_digest(unet)
+        policy = None if fitting or self.awaits_checkpoint else self.hparams.policy
+        if policy:
+            load_policy(unet, Path(policy))
+            announce(Path(policy))
+            self.trained_from = policy
+        elif self._trainer and not fitting and not self.awaits_checkpoint:
+            # the pipeline as it is
+            return
         elif self.hparams.train == "lora":
             add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
         else:
@@ -582,6 +605,7 @@ class DDPO(TextToImage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        super().on_load_checkpoint(checkpoint)
         self.window.history = checkpoint["reward_window"]
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):
