@@ -27,7 +27,7 @@ from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.trained_weights import weights_file
@@ -216,7 +216,9 @@ class Evaluation(Callback):
         self, trainer: Trainer, pl_module: DDPO, manifest: pd.DataFrame
     ) -> dict[str, Any]:
         """Say what the numbers rest on; two runs compare only if all but the policy is equal."""
-        reward = getattr(pl_module.reward, "network", None)
+        reward = pl_module.reward
+        read_with = reward.classifiers()
+        rewarding = read_with[0] if len(read_with) == 1 else reward
         return {
             "sampler": settings_of(trainer, pl_module),
             "samples": len(manifest),
@@ -230,8 +232,8 @@ class Evaluation(Callback):
                 "digest": weights_digest(pl_module.scorer.judge.module),
             },
             "reward": {
-                "class": type(pl_module.reward).__name__,
-                "digest": weights_digest(reward.module) if reward else None,
+                "class": reward.described(),
+                "digest": weights_digest(rewarding) if has_weights(rewarding) else None,
             },
             "features": {name: n.described["digest"] for name, n in self.networks.items()},
             "data": data_provenance(self.data) if self.data is not None else None,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -68,7 +68,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
 from rl4med_ddpo.lightning_modules.policy_gradient.scorer import PolicyScorer, require_independent
 from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite, require
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
-from rl4med_ddpo.lightning_modules.rewards.base import Reward
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, require_form, scored
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
@@ -195,11 +195,7 @@ class DDPO(TextToImage):
         if stage != "fit":
             return
         require_precision(self.trainer.precision)
-        if (
-            hasattr(self, "model")
-            and self.hparams.policy
-            and self.trained_from == self.hparams.policy
-        ):
+        if self.trained_from is not None and self.trained_from == self.hparams.policy:
             raise UserError(
                 f"policy={self.hparams.policy} was read outside of a trainer, to draw from: it is "
                 "not trained further.\n  Let the trainer put the module together, or leave "
@@ -232,6 +228,7 @@ class DDPO(TextToImage):
         with torch.device("cpu"):
             self.reward.load()
             self.scorer = self.make_scorer()
+            self.try_reward(torch.device("cpu"))
         self.objective = PolicyObjective(
             self.model, self.clip_range, p.kl_weight, p.guidance_in_training
         )
@@ -245,10 +242,9 @@ class DDPO(TextToImage):
         """Load the judge, which must be another network than the reward's."""
         judge = load_classifier(self.hparams.judge, heads="any_of")
         readers = {f"the judge {self.hparams.judge}": judge.vocabulary}
-        rewarding = getattr(self.reward, "network", None)
-        if rewarding is not None:
-            require_independent(judge, rewarding.module, self.hparams.judge)
-            readers["the reward network"] = rewarding.module.vocabulary
+        require_independent(judge, self.reward, self.hparams.judge)
+        for number, network in enumerate(self.reward.classifiers(), start=1):
+            readers[f"network {number} of the reward"] = network.vocabulary
         data = self._trainer and getattr(self.trainer.datamodule, "vocabulary", None)
         if data:
             require_same_attributes(data, readers)
@@ -281,6 +277,16 @@ class DDPO(TextToImage):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimize the adapters or the full U-Net, whichever is trained."""
         return self.optimizer(self.trained_parameters())
+
+    def on_fit_start(self) -> None:
+        """Refuse a reward that leaves the device, before the first rollout."""
+        if self.device.type != "cpu":
+            self.try_reward(self.device)
+
+    def try_reward(self, device: torch.device) -> None:
+        """Refuse a reward that does not return what a reward should."""
+        attributes = len(self.scorer.judge.module.vocabulary.attributes)
+        require_form(self.reward, self.model.image_size, attributes, device)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Refuse what does not divide; find the micro-batch, if that is asked for."""
@@ -569,7 +575,7 @@ class DDPO(TextToImage):
         noise_keys = keys(self.hparams.seed, "test", 0, batch["index"])
         images = to_eight_bits(self.generate(batch["prompt"], noise_keys))
         shown, conditions = images.float() / 255, batch["condition"].to(self.device)
-        size, reader = self.hparams.sample_batch, getattr(self.reward, "network", None)
+        size = self.hparams.sample_batch
         passes = list(zip(shown.split(size), conditions.split(size), strict=True))
         return Samples(
             prompts=batch["prompt"],
@@ -579,13 +585,22 @@ class DDPO(TextToImage):
             noise_keys=noise_keys,
             images=images,
             reward=torch.cat([self.reward_of(x, c) for x, c in passes]),
-            reward_logits=torch.cat([reader(x) for x, _ in passes]) if reader else None,
+            reward_logits=self.read_by_reward(shown.split(size)),
             judge_logits=torch.cat([self.scorer.judge(x) for x, _ in passes]),
         )
 
+    def read_by_reward(self, batches: Sequence[Tensor]) -> Tensor | None:
+        """Return the logits, `(N, A)`, of the reward's first network that reads all attributes."""
+        readers = self.reward.classifiers()
+        reader = next((r for r in readers if r.attributes == r.vocabulary.attributes), None)
+        if reader is None:
+            return None
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([reader(images.float()) for images in batches])
+
     def reward_of(self, images: Tensor, conditions: Tensor) -> Tensor:
         """Return the reward of images `(B, 3, H, W)` asked to show `(B, A)`, as `(B,)`."""
-        return self.reward(images, conditions).value
+        return scored(self.reward, images, conditions).value
 
     def export(self, folder: Path) -> None:
         """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""

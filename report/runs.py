@@ -15,8 +15,10 @@ from rl4med_ddpo.report.results import METRICS, RESULTS
 
 MODELS = ("SD", "SD+RL")
 DEPTH = 4
-IGNORED_KEYS = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
-              "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest", "weights")  # fmt: skip
+IGNORED_KEYS = (
+    "policy", "weights", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
+    "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest",
+)  # fmt: skip
 """What differs between runs that compare: what is compared, and where things lie."""
 
 

@@ -84,12 +84,10 @@ def test_python_reads_the_policy_without_a_trainer(run, tiny_pipeline, tiny_clas
     assert loaded.trained_from == str(folder / "checkpoints" / "best.ckpt")
 
 
-@pytest.mark.parametrize(
-    "command", ["test --config=demo/classifier.yaml", "validate --config=demo/sd.yaml"]
-)
-def test_weights_that_were_not_trained_are_refused(command, tmp_path):
+@pytest.mark.parametrize(("command", "stage"), [("test", "classifier"), ("validate", "sd")])
+def test_weights_that_were_not_trained_are_refused(command, stage, tmp_path):
     with pytest.raises(UserError, match="no trained weights to score") as error:
-        in_process(*command.split(), f"--trainer.default_root_dir={tmp_path}")
+        in_process(command, f"--config=demo/{stage}.yaml", f"--trainer.default_root_dir={tmp_path}")
     assert str(tmp_path / "checkpoints") in str(error.value)
     assert "--ckpt_path FILE" in str(error.value)
     assert not (tmp_path / "results").exists()
@@ -98,9 +96,7 @@ def test_weights_that_were_not_trained_are_refused(command, tmp_path):
 def test_weights_of_another_network_are_refused_in_words(tiny_classifiers):
     reward, judge = (load_classifier(tiny_classifiers[name]) for name in ("reward", "judge"))
     with (
-        pytest.raises(
-            UserError, match=r"x.ckpt do not fit this AttributeClassifier: .*Missing key"
-        ),
+        pytest.raises(UserError, match=r"x.ckpt do not fit this Attribute.*: Missing key"),
         weights_that_fit(reward, "x.ckpt"),
     ):
         reward.load_state_dict(judge.state_dict())

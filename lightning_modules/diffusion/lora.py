@@ -127,7 +127,7 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def _require_whole(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Refuse a file that lacks adapters: peft would fill them with random numbers, or leave them out.
+    """Refuse a file that lacks adapters: peft would make them up, or leave them out.
 
     A file's metadata says which layers it adapts; without, they are those that `add_lora` adapts.
     """
