@@ -108,11 +108,21 @@ def _leaves(scores: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
     for name, value in scores.items():
         if isinstance(value, dict) and "value" in value:
             n = f", n = {value['n']:,}" if value.get("n") else ""
-            yield f"{prefix}{name}", _number(value["value"], value.get("interval")) + n
+            yield (
+                f"{prefix}{name}",
+                _number(value["value"], value.get("interval")) + _range(value) + n,
+            )
         elif isinstance(value, dict) and name != "prompts":
             yield from _leaves(value, f"{prefix}{name} ")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", _number(value, scores.get(f"{name}_interval"))
+
+
+def _range(entry: dict[str, Any]) -> str:
+    if not entry.get("range"):
+        return ""
+    low, high = entry["range"]
+    return f" ({low:.4g} to {high:.4g} in {entry.get('halvings', 5)} halvings)"
 
 
 def _number(value: float | None, interval: list[float] | None) -> str:
