@@ -133,8 +133,8 @@ def quality_table(runs: Runs) -> Table:
             "Inception's, so not FID. The floor is the distance of two real halves."
         )
         notes.append(
-            "In square brackets 95% intervals; in round ones, for the floor and at its n, the least "
-            "and the greatest of five halvings."
+            "In square brackets 95% intervals; in round ones, for the floor and at its n, the "
+            "least and the greatest of five halvings."
         )
         notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
     notes += [f"Not computed: {why}." for why in dict.fromkeys(some["unavailable"].values())]
