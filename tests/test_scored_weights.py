@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import sha256_of
 from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.lora import load_policy
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
-from rl4med_ddpo.lightning_modules.trained_weights import weights_that_fit
+from rl4med_ddpo.lightning_modules.trained_weights import scored_checkpoint, weights_that_fit
 from support.attribute_images import AttributeImageData
 from support.command_line import ddpo, in_process
 from support.tiny import prompts, tiny_ddpo
@@ -54,6 +56,14 @@ def test_the_best_checkpoint_is_scored_without_a_policy(run):
     cli = in_process("validate", *options, "--model.policy=null", "--ckpt_path=best")
     assert cli.model.trained_from == str(folder / "checkpoints" / "best.ckpt")
     assert same(adapters(cli.model), trained)
+
+
+def test_the_card_of_the_run_claims_no_more_than_its_data_and_settings(run, tiny_pipeline):
+    card = (run[1] / "policy" / "README.md").read_text()
+    assert "base_model" not in card
+    assert "ISIC" not in card
+    assert f"**Starts from:** `{tiny_pipeline}`" in card
+    assert ", num_inference_steps=4, guidance_scale=3.0, eta=1.0)" in card
 
 
 def test_a_policy_that_is_not_whole_is_refused(run, tiny_pipeline, tmp_path):
@@ -107,3 +117,28 @@ def test_python_too_refuses_a_classifier_without_weights(tmp_path):
         quiet_trainer(tmp_path).validate(
             AttributeClassifier("test_resnet", False, image_size=32), AttributeImageData(0, 8)
         )
+
+
+def test_the_best_checkpoint_is_found_by_its_name_or_by_the_newest_state(tmp_path):
+    def trainer(name, folder=tmp_path):
+        best = ModelCheckpoint(folder, name, monitor="val/loss")
+        newest = ModelCheckpoint(folder, "newest", save_on_train_epoch_end=True)
+        plugins = {"enable_checkpointing": True, "plugins": [DurableCheckpointIO()]}
+        return quiet_trainer(folder, best, newest, max_epochs=2, **plugins)
+
+    def network():
+        return AttributeClassifier("test_resnet", False, image_size=32)
+
+    for name in ("best", "{epoch}"):
+        folder = tmp_path / name.strip("{}")
+        first = trainer(name, folder)
+        first.fit(network(), AttributeImageData(32, 8))
+        kept = first.checkpoint_callback.best_model_path
+        again = trainer(name, folder)
+        assert scored_checkpoint(again, network(), "trained") == kept
+        assert scored_checkpoint(again, network(), "last") == str(folder / "newest.ckpt")
+        assert scored_checkpoint(again, network(), None) is None
+    with pytest.raises(UserError, match=r"no checkpoint nowhere\.ckpt. Allowed .* best, last or"):
+        scored_checkpoint(again, network(), "nowhere.ckpt")
+    (scored,) = again.validate(network(), AttributeImageData(32, 8), ckpt_path=kept, verbose=False)
+    assert scored["val/loss"] == pytest.approx(first.checkpoint_callback.best_model_score.item())
