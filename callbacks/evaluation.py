@@ -27,9 +27,10 @@ from rl4med_ddpo.datamodules.provenance import data_counts, data_provenance
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.hashes import weights_digest
+from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.trained_weights import weights_file
 from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
 from rl4med_ddpo.metrics.distribution import distribution_scores
@@ -76,7 +77,7 @@ class Evaluation(Callback):
         manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
         results = {
             "kind": "samples",
-            "model": "SD+RL" if pl_module.hparams.policy else "SD",
+            "model": "SD+RL" if pl_module.trained_from else "SD",
             **alignment(manifest, self.vocabulary),
             "vocabulary": asdict(self.vocabulary),
             "unavailable": self.unavailable,
@@ -216,20 +217,24 @@ class Evaluation(Callback):
         self, trainer: Trainer, pl_module: DDPO, manifest: pd.DataFrame
     ) -> dict[str, Any]:
         """Say what the numbers rest on; two runs compare only if all but the policy is equal."""
-        reward = getattr(pl_module.reward, "network", None)
+        reward = pl_module.reward
+        read_with = reward.classifiers()
+        rewarding = read_with[0] if len(read_with) == 1 else reward
         return {
             "sampler": settings_of(trainer, pl_module),
             "samples": len(manifest),
             "samples_folder": str(self.samples.root),
             "pipeline": str(pl_module.hparams.pipeline),
-            "policy": pl_module.hparams.policy,
+            "before_training": pl_module.before_training,
+            "policy": pl_module.trained_from,
+            "weights": weights_file(Path(pl_module.trained_from or pl_module.hparams.pipeline)),
             "judge": {
                 "checkpoint": pl_module.hparams.judge,
                 "digest": weights_digest(pl_module.scorer.judge.module),
             },
             "reward": {
-                "class": type(pl_module.reward).__name__,
-                "digest": weights_digest(reward.module) if reward else None,
+                "class": reward.described(),
+                "digest": weights_digest(rewarding) if has_weights(rewarding) else None,
             },
             "features": {name: n.described["digest"] for name, n in self.networks.items()},
             "data": data_provenance(self.data) if self.data is not None else None,

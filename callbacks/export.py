@@ -7,16 +7,19 @@ from typing import Any, Literal
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
+from rl4med_ddpo.datamodules.provenance import Origin, origin_of
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
-from rl4med_ddpo.foundation.files import write_whole
+from rl4med_ddpo.foundation.files import located, write_whole
+from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, trial
 from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
+from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
-from rl4med_ddpo.report.model_card import model_card
+from rl4med_ddpo.report.model_card import CARD_FILE, head_of, model_card, with_scores
 from rl4med_ddpo.report.results import METRICS, RESULTS
-
-CARD_FILE = "README.md"
 
 
 class Export(Callback):
@@ -41,25 +44,35 @@ class Export(Callback):
         if self.weights == "best":
             self._load_best(trainer, pl_module)
         pl_module.export(self.dirpath)
-        self._write_card(self.dirpath / CARD_FILE, trainer, pl_module, None)
+        write_whole(self.dirpath / CARD_FILE, self._card(trainer, pl_module))
         rank_zero_info(f"exported the {self.weights} weights to {self.dirpath}")
 
     def on_test_end(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
-        """Put the scores into the card of what was scored."""
+        """Put the scores into the card of the exported model, if that is what was scored."""
         results = Path(trainer.default_root_dir) / RESULTS / METRICS
-        card = None if trial(trainer) or not self.dirpath else self.dirpath / CARD_FILE
-        if trainer.is_global_zero and card and card.is_file() and results.is_file():
-            self._write_card(card, trainer, pl_module, json.loads(results.read_text()))
+        if trial(trainer) or not (trainer.is_global_zero and self.dirpath and results.is_file()):
+            return
+        card = self.dirpath / CARD_FILE
+        if not card.is_file():
+            return
+        scored = json.loads(results.read_text())
+        if _is_of(scored, pl_module, self.dirpath):
+            write_whole(card, with_scores(card.read_text(), scored))
 
-    def _write_card(
-        self,
-        card: Path,
-        trainer: Trainer,
-        pl_module: TextToImage | Autoencoder,
-        results: dict[str, Any] | None,
-    ) -> None:
-        vocabulary = getattr(trainer.datamodule, "vocabulary", DERMOSCOPY)
-        write_whole(card, model_card(pl_module, vocabulary, results))
+    def _card(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> str:
+        pipeline: str = pl_module.hparams.pipeline
+        before = head_of(located(pipeline))
+        base = before.get("base_model")
+        if is_hub_id(pipeline):
+            base = pipeline.partition("@")[0]
+        data, origin = trainer.datamodule, Origin()
+        if isinstance(data, ISICPromptDataModule):
+            # the images are those that the pipeline was trained on, if its card tells
+            if seen := before.get("training_data"):
+                origin = Origin(seen, before.get("license", ""))
+        elif isinstance(data, ISICDataModule):
+            origin = origin_of(data)
+        return model_card(pl_module, getattr(data, "vocabulary", DERMOSCOPY), origin, base)
 
     def _load_best(self, trainer: Trainer, pl_module: TextToImage | Autoencoder) -> None:
         best = next(
@@ -73,3 +86,11 @@ class Export(Callback):
         checkpoint = read_checkpoint(Path(best.best_model_path))
         pl_module.load_state_dict(checkpoint["state_dict"])
         rank_zero_info(f"best by {best.monitor}: {best.best_model_score:.4f}")
+
+
+def _is_of(scores: dict[str, Any], pl_module: TextToImage | Autoencoder, folder: Path) -> bool:
+    """Tell whether scores are those of the weights at hand, and these are the exported ones."""
+    if not isinstance(pl_module, TextToImage) or Path(pl_module.trained_from or "") != folder:
+        return False
+    sampler = scores.get("provenance", {}).get("sampler", {})
+    return sampler.get("digest of unet") == weights_digest(pl_module.model.unet)

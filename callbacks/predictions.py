@@ -1,6 +1,7 @@
 """Keep what a classifier says of each test image, for Table 4 and whoever wants to recount."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,7 @@ from rl4med_ddpo.datamodules.provenance import data_provenance
 from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
+from rl4med_ddpo.lightning_modules.trained_weights import weights_file
 from rl4med_ddpo.report.results import RESULTS, versions, write_csv, write_results
 
 PREDICTIONS = "predictions.csv"
@@ -88,6 +90,7 @@ class Predictions(Callback):
                 "image_size": pl_module.image_size,
                 "attributes": list(pl_module.attributes),
                 "digest": weights_digest(pl_module),
+                "weights": weights_file(Path(trainer.ckpt_path)) if trainer.ckpt_path else None,
                 "extra": extra,
                 "data": data_provenance(data),
                 "versions": versions(),

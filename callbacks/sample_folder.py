@@ -16,7 +16,7 @@ from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.sample_tables import write_tables
 from rl4med_ddpo.foundation.errors import UserError, name_few
 from rl4med_ddpo.foundation.files import write_whole
-from rl4med_ddpo.foundation.hashes import tensors_of, weights_digest
+from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder, trial
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.samples import Samples
@@ -210,10 +210,10 @@ def settings_of(trainer: L.Trainer, module: DDPO) -> dict[str, Any]:
         **{name: module.hparams[name] for name in SAMPLER_SETTINGS},
         "precision": str(trainer.precision),
         "device": module.device.type,
-        "reward": type(module.reward).__name__,
+        "reward": module.reward.described(),
         **{
             f"digest of {name}": weights_digest(child)
             for name, child in module.networks().items()
-            if any(True for _ in tensors_of(child))
+            if has_weights(child)
         },
     }

@@ -1,5 +1,7 @@
 """The commands `fit`, `validate`, `test`, `predict` and `describe`, by LightningCLI."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +26,11 @@ from rl4med_ddpo.fault_tolerance.preemption import Preemption
 from rl4med_ddpo.fault_tolerance.resume import Resume
 from rl4med_ddpo.fault_tolerance.run_folder import DiskSpaceCheck, claim
 from rl4med_ddpo.fault_tolerance.settings import callback_settings, settings_of
-from rl4med_ddpo.fault_tolerance.trained_weights import refuse_misfits, scored_weights
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.trainer import products_folder, trial
+from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.lightning_modules.trained_weights import scored_checkpoint, weights_that_fit
 from rl4med_ddpo.metrics.split_leaks import find_leaks, require_no_leaks
 
 DEFAULTS = {
@@ -67,7 +70,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer; `fit` and `predict` resume by themselves, `describe` is a command."""
+    """Lightning's trainer: `fit` resumes, the others score what was trained, `describe` is new."""
 
     callbacks: list[L.Callback]
 
@@ -95,14 +98,19 @@ class Trainer(L.Trainer):
             self.callbacks = [c for c in self.callbacks if not isinstance(c, ModelCheckpoint)]
             ckpt_path = None if ckpt_path == "last" else ckpt_path
         ckpt_path = resume.start_from(self, model, datamodule, ckpt_path)
-        with refuse_misfits(ckpt_path):
+        with weights_that_fit(model, ckpt_path):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+
+    def _run_stage(self) -> Any:
+        if self.fit_loop.restarting and at_epoch_end(self):
+            _Loop.restarting.__set__(self.fit_loop, False)
+        return super()._run_stage()
 
     def validate(
         self,
         model: L.LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | None = "trained",
         verbose: bool = True,
         datamodule: L.LightningDataModule | None = None,
         weights_only: bool | None = None,
@@ -112,48 +120,39 @@ class Trainer(L.Trainer):
         Args:
             model: The model to score.
             dataloaders: Not used: the data module has them.
-            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
-                that the model's own arguments name, such as a policy, or else the best.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
             verbose: Print the scores.
             datamodule: The data.
-            weights_only: Not needed: a checkpoint is never loaded otherwise.
+            weights_only: Load ckpt_path without running code from it.
         """
-        assert model is not None
-        ckpt_path = scored_weights(self, model, ckpt_path)
-        with refuse_misfits(ckpt_path):
-            return super().validate(
-                model, dataloaders, ckpt_path, verbose, datamodule, weights_only
-            )
+        with self._scored(model, ckpt_path) as path:
+            return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def test(
         self,
         model: L.LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | None = "trained",
         verbose: bool = True,
         datamodule: L.LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Score the test data, or what is drawn for the test prompts.
+        """Score the test data.
 
         Args:
             model: The model to score.
             dataloaders: Not used: the data module has them.
-            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
-                that the model's own arguments name, such as a policy, or else the best.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
             verbose: Print the scores.
             datamodule: The data.
-            weights_only: Not needed: a checkpoint is never loaded otherwise.
+            weights_only: Load ckpt_path without running code from it.
         """
-        assert model is not None
-        ckpt_path = scored_weights(self, model, ckpt_path)
-        with refuse_misfits(ckpt_path):
-            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
-
-    def _run_stage(self) -> Any:
-        if self.fit_loop.restarting and at_epoch_end(self):
-            _Loop.restarting.__set__(self.fit_loop, False)
-        return super()._run_stage()
+        with self._scored(model, ckpt_path) as path:
+            return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
         self,
@@ -161,7 +160,7 @@ class Trainer(L.Trainer):
         dataloaders: Any = None,
         datamodule: L.LightningDataModule | None = None,
         return_predictions: bool | None = False,
-        ckpt_path: str | None = None,
+        ckpt_path: str | None = "trained",
         weights_only: bool | None = None,
     ) -> Any:
         """Draw samples; a SampleFolder callback keeps them.
@@ -171,16 +170,29 @@ class Trainer(L.Trainer):
             dataloaders: Not used: the data module has them.
             datamodule: The prompts to draw for.
             return_predictions: Keep all of them in memory, as a notebook may want.
-            ckpt_path: A checkpoint, or `best` or `last` of the run folder. null takes the weights
-                that the model's own arguments name.
-            weights_only: Not needed: a checkpoint is never loaded otherwise.
+            ckpt_path: Whose weights: `trained` takes model.policy where there is that option, else
+                the run folder's best checkpoint, else its newest. `best`, `last` or a file; null
+                takes the model as its own arguments name it.
+            weights_only: Load ckpt_path without running code from it.
         """
-        assert model is not None
-        ckpt_path = scored_weights(self, model, ckpt_path)
-        with refuse_misfits(ckpt_path):
+        with self._scored(model, ckpt_path) as path:
             return super().predict(
-                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only
+                model, dataloaders, datamodule, return_predictions, path, weights_only
             )
+
+    @contextmanager
+    def _scored(
+        self, model: L.LightningModule | None, ckpt_path: str | None
+    ) -> Iterator[str | None]:
+        """Choose the checkpoint of an evaluation, and let the model know that one will come."""
+        if model is None:
+            yield ckpt_path
+            return
+        path = scored_checkpoint(self, model, ckpt_path)
+        if isinstance(model, TextToImage):
+            model.awaits_checkpoint = path is not None
+        with weights_that_fit(model, path):
+            yield path
 
     def describe(
         self,

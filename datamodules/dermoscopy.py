@@ -24,6 +24,7 @@ from tqdm import tqdm
 from rl4med_ddpo.datamodules.annotations import ARTIFACT_FILES, GROUND_TRUTH, METADATA
 from rl4med_ddpo.datamodules.drawing import draw
 from rl4med_ddpo.datamodules.images import INPUT
+from rl4med_ddpo.datamodules.provenance import Origin, write_origin
 from rl4med_ddpo.datamodules.tables import DOWNSAMPLED
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
@@ -104,6 +105,8 @@ class DermoscopyFolder:
             self.root / ARTIFACT_FILES[0], lineterminator="\n"
         )
         _metadata(content, rng).to_csv(self.root / METADATA, index=False, lineterminator="\r\n")
+        drawn = f"{self.images:,} drawn images of skin lesions (seed {self.seed}), no photographs"
+        write_origin(self.root, Origin(drawn, "MIT"))
         _ground_truth(content).to_csv(self.root / GROUND_TRUTH, index=False, lineterminator="\r\n")
 
     def _content(self, rng: Generator) -> pd.DataFrame:

@@ -1,10 +1,46 @@
 """What real images a number rests on: tables, rule, split and a hash of all of it."""
 
 import hashlib
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rl4med_ddpo.datamodules.describe import real_samples, subgroups, table_1
 from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
+from rl4med_ddpo.foundation.files import write_whole
+
+ORIGIN = "origin.json"
+"""File in a folder of images that says what they are."""
+OFFICIAL = {"HAM", "BCN", "MSK"}
+"""Sources of ISIC 2019, as its lesions' ids name them."""
+
+
+class Origin(NamedTuple):
+    """What images are, and under which licence; empty where nobody has said so."""
+
+    data: str = ""
+    licence: str = ""
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Say in a folder what its images are."""
+    write_whole(folder / ORIGIN, json.dumps(origin._asdict(), indent=2) + "\n")
+
+
+def origin_of(data: ISICDataModule) -> Origin:
+    """Return what a folder, its tables or the configuration's vocabulary say of the images.
+
+    The default vocabulary says ISIC 2019; that is taken only where the lesions' ids do too.
+    """
+    file = data.folder / ORIGIN
+    if file.is_file():
+        return Origin(**json.loads(file.read_text()))
+    stated = Origin(data.vocabulary.data, data.vocabulary.licence)
+    if stated.data != DERMOSCOPY.data:
+        return stated
+    sources = set(data.splits.train["source"]) - {""}
+    return stated if sources and sources <= OFFICIAL else Origin()
 
 
 def data_provenance(data: ISICDataModule) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def weights_digest(module: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Tell whether a network has anything to hash."""
+    return next(tensors_of(module), None) is not None
+
+
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield parameters and buffers with their names."""
     return chain(module.named_parameters(), module.named_buffers())

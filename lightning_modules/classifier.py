@@ -98,6 +98,8 @@ class AttributeClassifier(L.LightningModule):
         self.pos_weight = pos_weight
         self.optimizer = optimizer
         self.warmup = warmup
+        # whether the weights are more than random numbers
+        self.trained = False
         # a network of timm, whose methods no type declares
         self.network: Any = None
         self.register_buffer("positive_weight", given_weights(pos_weight, self.attributes))
@@ -141,6 +143,22 @@ class AttributeClassifier(L.LightningModule):
             self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
             self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
 
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Load weights as torch does, and note that there are some."""
+        loaded = super().load_state_dict(*args, **options)
+        self.trained = True
+        return loaded
+
+    def on_test_start(self) -> None:
+        """Refuse to score a network without trained weights."""
+        if not (self.trained or self.trainer.state.fn == TrainerFn.FITTING):
+            raise UserError(
+                "the classifier has no trained weights to score: give the trainer its checkpoint "
+                "as ckpt_path, or take AttributeClassifier.load_from_checkpoint(FILE)"
+            )
+
+    on_validation_start = on_predict_start = on_test_start
+
     def commits(self) -> dict[str, str | None]:
         """Return the commit of pretrained weights in the hub's cache, by the option naming them."""
         repo = pretrained_repo(self.backbone) if self.pretrained is True else None
@@ -176,6 +194,7 @@ class AttributeClassifier(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Count the train split for `pos_weight: balanced`."""
+        self.trained = True
         if self.pos_weight == "balanced":
             counts = train_conditions(self.trainer.train_dataloader)[:, self.columns]
             self.positive_weight.copy_(balanced_weights(counts, self.attributes))

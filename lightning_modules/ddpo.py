@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rl4med_ddpo.datamodules.images import to_eight_bits
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import weights_digest
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import generator, key, keys
 from rl4med_ddpo.lightning_modules.classifier import load_classifier, require_same_attributes
@@ -67,10 +68,11 @@ from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
 from rl4med_ddpo.lightning_modules.policy_gradient.scorer import PolicyScorer, require_independent
 from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite, require
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch
-from rl4med_ddpo.lightning_modules.rewards.base import Reward
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, require_form, scored
 from rl4med_ddpo.lightning_modules.rewards.diversity import group_diversity
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
+from rl4med_ddpo.lightning_modules.trained_weights import announce
 
 
 class DDPO(TextToImage):
@@ -82,8 +84,9 @@ class DDPO(TextToImage):
     Args:
         pipeline: The fine-tuned pipeline to start from: a folder, a .safetensors file or a hub id.
         unet: Folder of a U-Net that replaces the pipeline's; null keeps it.
-        policy: Folder of the trained policy: `fit` exports its best one there, `test` and
-            `predict` read it. null scores the pipeline as it is (the paper's row "SD").
+        policy: Folder of the trained policy: `fit` exports its best one there, `test`,
+            `predict` and `validate` read it, unless they are given a checkpoint. null scores the
+            pipeline as it is (the paper's row "SD").
         judge: Checkpoint of the classifier that scores APR; never the reward's own weights.
         reward: What an image earns. The paper's is the share of attributes read as asked.
         train: Low-rank adapters on the attention layers, or the full U-Net.
@@ -176,6 +179,8 @@ class DDPO(TextToImage):
         }[baseline]  # fmt: skip
         self.advantages = partial(standardise, std_floor=std_floor, clip=advantage_clip)
         self.skipped = SkippedUpdates()
+        # digest of the U-Net that training starts from, once an evaluation has loaded it
+        self.before_training: str | None = None
         self.scores_are_whole = True
         # first step that may be trained, and the first after; steps that each sample trains
         self.window_of_steps = timestep_window or (0, steps)
@@ -190,6 +195,12 @@ class DDPO(TextToImage):
         if stage != "fit":
             return
         require_precision(self.trainer.precision)
+        if self.trained_from is not None and self.trained_from == self.hparams.policy:
+            raise UserError(
+                f"policy={self.hparams.policy} was read outside of a trainer, to draw from: it is "
+                "not trained further.\n  Let the trainer put the module together, or leave "
+                "policy out"
+            )
         samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
         if samples is not None:
             require_divisible(samples, self.hparams.updates, self.trainer.world_size)
@@ -203,14 +214,10 @@ class DDPO(TextToImage):
         if not is_hub_id(self.hparams.pipeline):
             made_by = "rl4med-ddpo fit --config sd.yaml"
             found.append(Prerequisite(self.hparams.pipeline, "the fine-tuned pipeline", made_by))
-        if stage in ("validate", "test", "predict") and self.hparams.policy:
+        if stage != "fit" and self.hparams.policy and not self.awaits_checkpoint:
             made_by = "rl4med-ddpo fit --config ddpo.yaml"
             found.append(Prerequisite(self.hparams.policy, "the trained policy", made_by))
         return found
-
-    def exported_weights(self) -> str:
-        """Name what is sampled from without a checkpoint: the policy, or the pipeline itself."""
-        return self.hparams.policy or self.hparams.pipeline
 
     def configure_model(self) -> None:
         """Load the pipeline, the reward's networks and the judge, and put the parts together."""
@@ -221,6 +228,7 @@ class DDPO(TextToImage):
         with torch.device("cpu"):
             self.reward.load()
             self.scorer = self.make_scorer()
+            self.try_reward(torch.device("cpu"))
         self.objective = PolicyObjective(
             self.model, self.clip_range, p.kl_weight, p.guidance_in_training
         )
@@ -234,10 +242,9 @@ class DDPO(TextToImage):
         """Load the judge, which must be another network than the reward's."""
         judge = load_classifier(self.hparams.judge, heads="any_of")
         readers = {f"the judge {self.hparams.judge}": judge.vocabulary}
-        rewarding = getattr(self.reward, "network", None)
-        if rewarding is not None:
-            require_independent(judge, rewarding.module, self.hparams.judge)
-            readers["the reward network"] = rewarding.module.vocabulary
+        require_independent(judge, self.reward, self.hparams.judge)
+        for number, network in enumerate(self.reward.classifiers(), start=1):
+            readers[f"network {number} of the reward"] = network.vocabulary
         data = self._trainer and getattr(self.trainer.datamodule, "vocabulary", None)
         if data:
             require_same_attributes(data, readers)
@@ -251,15 +258,17 @@ class DDPO(TextToImage):
         )
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
-        """Make the policy: trainable for `fit`, the exported one for all else.
-
-        Without a Trainer it is the exported one if `policy` is given, else trainable.
-        """
-        exported = self.hparams.policy
-        fits = self.trainer.state.fn == TrainerFn.FITTING if self._trainer else not exported
-        if not fits:
-            if exported:
-                load_policy(unet, Path(exported))
+        """Make the policy: trainable for `fit` and checkpoints, else the exported one."""
+        fitting = self._trainer and self.trainer.state.fn == TrainerFn.FITTING
+        self.before_training = None if fitting else weights_digest(unet)
+        policy = None if fitting or self.awaits_checkpoint else self.hparams.policy
+        if policy:
+            load_policy(unet, Path(policy))
+            announce(Path(policy))
+            self.trained_from = policy
+        elif self._trainer and not fitting and not self.awaits_checkpoint:
+            # the pipeline as it is
+            return
         elif self.hparams.train == "lora":
             add_lora(unet, self.hparams.lora_rank, seed=self.hparams.seed)
         else:
@@ -267,12 +276,17 @@ class DDPO(TextToImage):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimize the adapters or the full U-Net, whichever is trained."""
-        if not self.trained_parameters():
-            raise UserError(
-                f"this DDPO has loaded the policy {self.hparams.policy} to be sampled from, before "
-                "it had a Trainer.\n  To train, make another one, and leave configure_model to fit"
-            )
         return self.optimizer(self.trained_parameters())
+
+    def on_fit_start(self) -> None:
+        """Refuse a reward that leaves the device, before the first rollout."""
+        if self.device.type != "cpu":
+            self.try_reward(self.device)
+
+    def try_reward(self, device: torch.device) -> None:
+        """Refuse a reward that does not return what a reward should."""
+        attributes = len(self.scorer.judge.module.vocabulary.attributes)
+        require_form(self.reward, self.model.image_size, attributes, device)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Refuse what does not divide; find the micro-batch, if that is asked for."""
@@ -561,7 +575,7 @@ class DDPO(TextToImage):
         noise_keys = keys(self.hparams.seed, "test", 0, batch["index"])
         images = to_eight_bits(self.generate(batch["prompt"], noise_keys))
         shown, conditions = images.float() / 255, batch["condition"].to(self.device)
-        size, reader = self.hparams.sample_batch, getattr(self.reward, "network", None)
+        size = self.hparams.sample_batch
         passes = list(zip(shown.split(size), conditions.split(size), strict=True))
         return Samples(
             prompts=batch["prompt"],
@@ -571,13 +585,22 @@ class DDPO(TextToImage):
             noise_keys=noise_keys,
             images=images,
             reward=torch.cat([self.reward_of(x, c) for x, c in passes]),
-            reward_logits=torch.cat([reader(x) for x, _ in passes]) if reader else None,
+            reward_logits=self.read_by_reward(shown.split(size)),
             judge_logits=torch.cat([self.scorer.judge(x) for x, _ in passes]),
         )
 
+    def read_by_reward(self, batches: Sequence[Tensor]) -> Tensor | None:
+        """Return the logits, `(N, A)`, of the reward's first network that reads all attributes."""
+        readers = self.reward.classifiers()
+        reader = next((r for r in readers if r.attributes == r.vocabulary.attributes), None)
+        if reader is None:
+            return None
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([reader(images.float()) for images in batches])
+
     def reward_of(self, images: Tensor, conditions: Tensor) -> Tensor:
         """Return the reward of images `(B, 3, H, W)` asked to show `(B, A)`, as `(B,)`."""
-        return self.reward(images, conditions).value
+        return scored(self.reward, images, conditions).value
 
     def export(self, folder: Path) -> None:
         """Write the policy: its adapters, or the whole pipeline if the full U-Net was trained."""
@@ -597,6 +620,7 @@ class DDPO(TextToImage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
+        super().on_load_checkpoint(checkpoint)
         self.window.history = checkpoint["reward_window"]
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):

@@ -22,6 +22,11 @@ class TextToImage(L.LightningModule):
 
     Subclasses have the hyperparameters `pipeline`, `unet`, `steps`, `eta`, `guidance` and
     `sample_batch`.
+
+    Attributes:
+        awaits_checkpoint: Whether the weights of a checkpoint follow once the networks are built.
+        trained_from: Where the U-Net's trained weights come from: a file or folder, or `fit`; None
+            while they are the pipeline's.
     """
 
     model: LatentDiffusion
@@ -31,6 +36,8 @@ class TextToImage(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.awaits_checkpoint = False
+        self.trained_from: str | None = None
         self.register_load_state_dict_pre_hook(_rename_former_weights)
 
     @classmethod
@@ -47,8 +54,13 @@ class TextToImage(L.LightningModule):
         Raises:
             UserError: if the file is missing, damaged, or names a class that is not loaded.
         """
-        known = read_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {})
-        return super().load_from_checkpoint(checkpoint_path, weights_only=True, **known | options)
+        known = read_checkpoint(Path(checkpoint_path)).get("hyper_parameters", {}) | options
+        if "policy" in known:
+            # the weights are the checkpoint's, not those exported before or after it
+            known["policy"] = None
+        module = super().load_from_checkpoint(checkpoint_path, weights_only=True, **known)
+        module.trained_from = str(checkpoint_path)
+        return module
 
     def configure_model(self) -> None:
         """Load the pipeline and take it apart; done once."""
@@ -60,6 +72,15 @@ class TextToImage(L.LightningModule):
             self.prepare_unet(pipeline.unet)
             p = self.hparams
             self.model = LatentDiffusion(pipeline, p.steps, p.eta, p.guidance)
+
+    def on_train_start(self) -> None:
+        """Note that the weights are no longer what was loaded."""
+        self.trained_from = "fit"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which file the weights come from."""
+        if self._trainer:
+            self.trained_from = str(self.trainer.ckpt_path)
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Decide which of the U-Net's parameters are trained."""

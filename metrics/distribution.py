@@ -76,8 +76,8 @@ def noise_floor(
 ) -> dict[str, Any]:
     """Return the distance of two real halves, and that of fakes to a half at the same n.
 
-    Both are means over halvings that keep lesions together. A generator that were perfect would
-    reach the floor, not 0.
+    Both are means over halvings that keep lesions together, with the least and the greatest as
+    `range`: no confidence interval. A generator that were perfect would reach the floor, not 0.
     """
     rng = np.random.default_rng(seed)
     floors, equals, sizes = [], [], []
@@ -96,8 +96,9 @@ def noise_floor(
         sizes.append(n)
     n = min(sizes)
     return {
-        "noise_floor": _entry(Estimate(float(np.mean(floors)), _range(floors), n), n),
-        "frechet_equal_n": _entry(Estimate(float(np.mean(equals)), _range(equals), n), n),
+        name: _entry(Estimate(float(np.mean(values)), None, n), n)
+        | {"range": [min(values), max(values)], "halvings": HALVINGS}
+        for name, values in (("noise_floor", floors), ("frechet_equal_n", equals))
     }
 
 
@@ -144,10 +145,6 @@ def spreads(
 def _entry(estimate: Estimate, n_real: int) -> dict[str, Any]:
     interval = None if estimate.interval is None else list(estimate.interval)
     return {"value": estimate.value, "interval": interval, "n": estimate.n, "n_real": n_real}
-
-
-def _range(values: list[float]) -> tuple[float, float]:
-    return float(min(values)), float(max(values))
 
 
 def _flag_few(scores: dict[str, Any], dimensions: int) -> None:

@@ -42,13 +42,19 @@ def percent(entry: dict[str, Any]) -> str:
 
 
 def value_cell(entry: dict[str, Any] | None, digits: int) -> str:
-    """Word an entry of `metrics.json`; `!` marks one with a flag, `-` one that is not there."""
+    """Word an entry of `metrics.json`: a 95% interval in square brackets, a range in round ones.
+
+    `!` marks one with a flag, `-` one that is not there.
+    """
     if entry is None or entry["value"] is None:
         return "-"
     text = f"{entry['value']:.{digits}f}"
     if entry.get("interval"):
         low, high = entry["interval"]
         text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    elif entry.get("range"):
+        low, high = entry["range"]
+        text += f" ({low:.{digits}f} to {high:.{digits}f})"
     return text + (" !" if entry.get("flag") else "")
 
 

@@ -15,8 +15,10 @@ from rl4med_ddpo.report.results import METRICS, RESULTS
 
 MODELS = ("SD", "SD+RL")
 DEPTH = 4
-IGNORED_KEYS = ("policy", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
-              "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest")  # fmt: skip
+IGNORED_KEYS = (
+    "policy", "weights", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
+    "data.artifacts_csv", "judge.checkpoint", "extra", "sha256", "digest", "before_training",
+)  # fmt: skip
 """What differs between runs that compare: what is compared, and where things lie."""
 
 
@@ -102,6 +104,7 @@ def find_runs(folders: Sequence[Path]) -> Runs:
             )
         sources[key] = path
     require_alike(runs.samples)
+    require_same_start(runs.samples)
     require_alike(runs.classifiers)
     return runs
 
@@ -129,6 +132,34 @@ def require_alike(results: Mapping[str, dict[str, Any]]) -> None:
             )
 
 
+def require_same_start(results: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse an SD that is not the model which SD+RL was trained from.
+
+    They are compared by the U-Net's digest; where results of before 0.2 do not have it, by the
+    pipeline's name.
+
+    Raises:
+        UserError: naming both.
+    """
+    if not all(model in results for model in MODELS):
+        return
+    one, other = (results[model]["provenance"] for model in MODELS)
+    # SD is scored as it is
+    as_scored = one.get("sampler", {}).get("digest of unet")
+    starts = [one.get("before_training", as_scored), other.get("before_training")]
+    if not all(starts):
+        starts = [one.get("pipeline"), other.get("pipeline")]
+    if starts[0] == starts[1]:
+        return
+    raise UserError(
+        "SD is not the model that SD+RL was trained from, so their difference is not what RL did:\n"
+        f"    SD: {one.get('pipeline')}, U-Net {starts[0]}\n"
+        f"    SD+RL: started from {other.get('pipeline')}, U-Net {starts[1]}\n"
+        "  Score that one: rl4med-ddpo test with the options of SD+RL, --model.policy null and "
+        "another --trainer.default_root_dir"
+    )
+
+
 def _may_differ(key: str) -> bool:
     return any(key == known or key.startswith(f"{known}.") for known in IGNORED_KEYS)
 
@@ -148,9 +179,19 @@ def _read(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
         if results["kind"] not in ("samples", "classifier"):
             raise ValueError(f"kind {results['kind']!r}")
+        _name_ranges(results)
         return results
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is no result that can be reported ({type(error).__name__}: {error}).\n"
             "  Score the run again: rl4med-ddpo test"
         ) from error
+
+
+def _name_ranges(results: dict[str, Any]) -> None:
+    """Call what results of before 0.2 have as the interval of halvings a range."""
+    for scores in results.get("distribution", {}).values():
+        for name in ("noise_floor", "frechet_equal_n"):
+            entry = scores.get(name, {})
+            if entry.get("interval"):
+                entry |= {"range": entry["interval"], "interval": None}

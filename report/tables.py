@@ -132,6 +132,10 @@ def quality_table(runs: Runs) -> Table:
             f"{network['dimensions']} features, weights {_named(network)}); not "
             "Inception's, so not FID. The floor is the distance of two real halves."
         )
+        notes.append(
+            "In square brackets 95% intervals; in round ones, for the floor and at its n, the "
+            "least and the greatest of five halvings."
+        )
         notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
     notes += [f"Not computed: {why}." for why in dict.fromkeys(some["unavailable"].values())]
     return Table("Table 3. Alignment and quality over the 32 prompts", table.fillna("-"), notes)

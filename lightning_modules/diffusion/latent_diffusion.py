@@ -268,6 +268,12 @@ class LatentDiffusion(nn.Module):
         unconditional, conditional = noise.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        halvings = len(self.vae.module.config["block_out_channels"]) - 1
+        return self.latent_shape[1] << halvings
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode x_0 to images in [0, 1], `(B, 3, H, W)` float32."""
         scaled = latents / self.vae.module.config["scaling_factor"]

@@ -7,15 +7,24 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.lora_base import (
+    LORA_ADAPTER_METADATA_KEY,
+    LORA_WEIGHT_NAME_SAFE,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.pipelines.load import load_unet
 from rl4med_ddpo.lightning_modules.pipelines.source import UNREADABLE
 
 ADAPTER = "policy"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Layers of each attention that are adapted."""
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, seed: int, alpha: int | None = None) -> None:
@@ -31,7 +40,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, seed: int, alpha: int | None
         r=rank,
         lora_alpha=alpha or rank,
         init_lora_weights="gaussian",
-        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        target_modules=list(TARGETS),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,12 +107,11 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
         folder: Adapters, or a whole pipeline whose U-Net replaces this one's weights.
 
     Raises:
-        UserError: if there are no safetensors of either kind, or if adapters are missing.
+        UserError: if there are no safetensors of either kind, or not all of them.
     """
     try:
         if (folder / "model_index.json").is_file():
-            trained = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-            unet.load_state_dict(trained.state_dict())
+            unet.load_state_dict(load_unet(folder).state_dict())
         else:
             unet.load_lora_adapter(
                 str(folder), prefix="unet", adapter_name=ADAPTER, use_safetensors=True
@@ -119,17 +127,19 @@ def load_policy(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def _require_whole(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Refuse adapters of which the file's own configuration names more than it holds."""
-    targets = unet.peft_config[ADAPTER].target_modules or ()
-    if isinstance(targets, str):
-        return
-    ends = tuple(f".{target}" for target in targets)
-    modules = dict(unet.named_modules())
-    asked = [name for name in modules if f".{name}".endswith(ends)]
-    missing = [name for name in asked if f"{name}.lora_A.{ADAPTER}" not in modules]
-    if missing:
+    """Refuse a file that lacks adapters: peft would make them up, or leave them out.
+
+    A file's metadata says which layers it adapts; without, they are those that `add_lora` adapts.
+    """
+    with safe_open(folder / LORA_WEIGHT_NAME_SAFE, "pt") as file:
+        names, described = set(file.keys()), LORA_ADAPTER_METADATA_KEY in (file.metadata() or {})
+    found = [name for name in names if name.startswith("unet.") and not name.endswith(".alpha")]
+    config = unet.peft_config[ADAPTER] if described else LoraConfig(target_modules=list(TARGETS))
+    layers = [n for n, _ in unet.named_modules() if check_target_module_exists(config, n)]
+    needed = 2 * len(layers)
+    if len(found) < needed:
         raise UserError(
-            f"the policy at {folder} is not whole: {len(missing)} of its {len(asked)} adapters "
-            f"are missing, such as that of {missing[0]}.\n"
-            "  Export it again, or copy the whole folder"
+            f"the policy at {folder} is not whole: {LORA_WEIGHT_NAME_SAFE} holds {len(found)} of "
+            f"{needed} tensors of adapters.\n  Copy it again, or export it again: the command of "
+            "the finished `fit` does"
         )

@@ -12,7 +12,7 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import generator, key, keys
 from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion, Transition
-from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, scored
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class RolloutSampler:
             scored=Rewards(torch.empty(0, device=device), {}),
             appearance=torch.empty(0, device=device),
         )
-        scored, appearance = [], []
+        earned, appearance = [], []
         for first in range(0, n, self.batch):
             rows = slice(first, first + self.batch)
             images = self.model.decode(self.sample_batch(rollout, rows))
-            scored.append(self.reward(images, conditions[rows]))
+            earned.append(scored(self.reward, images, conditions[rows]))
             appearance.append(F.adaptive_avg_pool2d(images, 8).flatten(1))
-        values, *named = zip(*scored, strict=True)
+        values, *named = zip(*earned, strict=True)
         parts, terms = (
             {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
             for batches in named
         )
-        earned = Rewards(torch.cat(values), parts, terms)
-        return replace(rollout, scored=earned, appearance=torch.cat(appearance))
+        whole = Rewards(torch.cat(values), parts, terms)
+        return replace(rollout, scored=whole, appearance=torch.cat(appearance))
 
     def sample_batch(self, rollout: Rollout, rows: slice) -> Tensor:
         """Sample some rows from x_T to x_0, keep every state, and return x_0, `(B, C, h, w)`."""

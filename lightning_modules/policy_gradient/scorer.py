@@ -1,10 +1,10 @@
 """How a policy is scored: images of fixed prompts and noise, read by a judge of their own."""
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.hashes import key_of
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.lightning_modules.networks.frozen import Frozen
 from rl4med_ddpo.metrics.apr import ArtifactPrevalenceRate
@@ -44,18 +44,18 @@ class PolicyScorer(nn.Module):
             metric.reset()
 
 
-def require_independent(judge: AttributeClassifier, rewarding: nn.Module, path: str) -> None:
+def require_independent(judge: AttributeClassifier, reward: nn.Module, path: str) -> None:
     """Refuse to have a policy judged by a network that it learns to please.
 
     Args:
         judge: The judge.
-        rewarding: The reward's network.
+        reward: The reward with all of its networks.
         path: The judge's checkpoint, for the message.
 
     Raises:
         UserError: if they share most of their weights.
     """
-    shared = shared_weights(rewarding, judge)
+    shared = shared_weights(reward, judge)
     if shared > 0.5:
         raise UserError(
             f"the judge {path} has {shared:.0%} of its weights from the reward network: its APR "
@@ -65,7 +65,16 @@ def require_independent(judge: AttributeClassifier, rewarding: nn.Module, path: 
 
 
 def shared_weights(one: nn.Module, other: nn.Module) -> float:
-    """Return the share of the smaller network's weights that the other has too, bit for bit."""
-    mine, its = ({n: p.detach().cpu() for n, p in net.named_parameters()} for net in (one, other))
-    same = sum(p.numel() for n, p in mine.items() if n in its and torch.equal(p, its[n]))
-    return same / min(sum(p.numel() for p in net.values()) for net in (mine, its))
+    """Return the share of the smaller network's weights that the other has too, bit for bit.
+
+    Weights are told by their values: what wraps them, and how they are called, does not matter.
+    """
+    mine, its = (
+        {
+            key_of(p.shape, p.detach().cpu().float().numpy().tobytes()): p.numel()
+            for p in net.parameters()
+        }
+        for net in (one, other)
+    )
+    smaller = min(sum(mine.values()), sum(its.values()))
+    return sum(mine[key] for key in mine.keys() & its.keys()) / smaller if smaller else 0.0

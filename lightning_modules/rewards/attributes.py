@@ -83,6 +83,11 @@ class AttributeMatch(Reward):
         self.network, self.attributes = Frozen(classifier), classifier.attributes
         self.weights = attribute_weights(self.given, self.attributes) if self.given else None
 
+    def described(self) -> str:
+        """Name the class, and the weights if there are any."""
+        weights = ", ".join(f"{name}={weight:g}" for name, weight in sorted(self.given.items()))
+        return super().described() + (f"({weights})" if weights else "")
+
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images; the parts are the hits of each attribute, the terms what they earn."""
         with torch.autocast(images.device.type, enabled=False):

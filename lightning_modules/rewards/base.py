@@ -1,9 +1,13 @@
 """What a reward is: a score of images against what was asked of them, with its parts."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
 
 
@@ -31,6 +35,14 @@ class Reward(nn.Module):
     def load(self) -> None:
         """Load the networks; called once, before training starts."""
 
+    def classifiers(self) -> list[AttributeClassifier]:
+        """List the classifiers that the reward, or a part of it, reads with; after `load`."""
+        return [part for part in self.modules() if isinstance(part, AttributeClassifier)]
+
+    def described(self) -> str:
+        """Name the reward in one line, with what decides its value besides networks."""
+        return type(self).__name__
+
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images.
 
@@ -39,3 +51,75 @@ class Reward(nn.Module):
             conditions: What each image was asked to show, multi-hot `(B, A)`.
         """
         raise NotImplementedError
+
+
+def scored(reward: Reward, images: Tensor, conditions: Tensor) -> Rewards:
+    """Score images, and refuse a result of another form than `Rewards` has.
+
+    Args:
+        reward: Of any class.
+        images: `(B, 3, H, W)` in [0, 1].
+        conditions: `(B, A)`.
+
+    Raises:
+        UserError: naming the reward's class, what it returned, and what is wanted.
+    """
+    result: Any = reward(images, conditions)
+    name, n = type(reward).__name__, len(images)
+    if not isinstance(result, Rewards):
+        raise UserError(_wanted(name, _form(result), n, images))
+    columns = {"value": result.value}
+    for field in ("parts", "terms"):
+        named = getattr(result, field)
+        if not isinstance(named, Mapping):
+            raise UserError(_wanted(name, f"Rewards with {field}={_form(named)}", n, images))
+        columns |= {f"{field}[{part!r}]": column for part, column in named.items()}
+    for field, column in columns.items():
+        if not _is_column(column, images):
+            raise UserError(_wanted(name, f"Rewards with {field}={_form(column)}", n, images))
+    return result
+
+
+@torch.no_grad()
+def require_form(reward: Reward, size: int, attributes: int, device: torch.device) -> None:
+    """Try a reward on grey images before anything is drawn: some, and one alone.
+
+    Args:
+        reward: Of any class, loaded.
+        size: Side of the images in pixels.
+        attributes: A.
+        device: Of the reward.
+
+    Raises:
+        UserError: see `scored`.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for n in (3, 1):
+            grey = torch.full((n, 3, size, size), 0.5, device=device)
+            scored(reward, grey, torch.zeros(n, attributes, device=device))
+
+
+def _is_column(column: Any, images: Tensor) -> bool:
+    return (
+        isinstance(column, Tensor)
+        and column.shape == images.shape[:1]
+        and column.is_floating_point()
+        and column.device == images.device
+    )
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    length = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+    return f"{type(value).__name__}{length}"
+
+
+def _wanted(name: str, found: str, n: int, images: Tensor) -> str:
+    return (
+        f"the reward {name} returned, for {n} images: {found}.\n"
+        f"  Wanted is Rewards(value, parts): value, and each entry of the dictionaries parts and "
+        f"terms, a tensor ({n},), one floating-point number an image, on {images.device}. "
+        "NaN marks an image that cannot be scored"
+    )

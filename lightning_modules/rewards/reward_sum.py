@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.prerequisites import Prerequisite
-from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, scored
 
 
 class RewardSum(Reward):
@@ -39,17 +39,23 @@ class RewardSum(Reward):
         for reward in self.rewards:
             reward.load()
 
+    def described(self) -> str:
+        """Name the rewards with their weights: `RewardSum(0.5 AttributeMatch + 2 Brightness)`."""
+        pairs = zip(self.weights, self.rewards, strict=True)
+        terms = " + ".join(f"{weight:g} {reward.described()}" for weight, reward in pairs)
+        return f"{super().described()}({terms})"
+
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images; the terms are the weighted rewards, named by class and place."""
-        scored = [reward(images, conditions) for reward in self.rewards]
+        earned = [scored(reward, images, conditions) for reward in self.rewards]
         names = [f"{i}_{type(reward).__name__}" for i, reward in enumerate(self.rewards, start=1)]
         terms = {
             name: weight * score.value
-            for name, weight, score in zip(names, self.weights, scored, strict=True)
+            for name, weight, score in zip(names, self.weights, earned, strict=True)
         }
         parts = {
             f"{name}/{part}": values
-            for name, score in zip(names, scored, strict=True)
+            for name, score in zip(names, earned, strict=True)
             for part, values in ({"value": score.value} | score.parts).items()
         }
         return Rewards(sum(terms.values(), start=torch.zeros(())), parts, terms)

@@ -128,6 +128,45 @@ def test_scores_do_not_depend_on_processes_workers_or_what_was_there(
             ).read_bytes()
 
 
+def rewarded(options, overlay, *rewards):
+    """Options with a sum of rewards in place of the classifier's."""
+    init_args = {"rewards": list(rewards), "weights": [0.5] * len(rewards)}
+    reward = {"class_path": "RewardSum", "init_args": init_args}
+    overlay.write_text(json.dumps({"model": {"init_args": {"reward": reward}}}))
+    at = options.index("--model.reward.classifier")
+    first, kept = options[:3], options[3:at] + options[at + 2 :]
+    return [*first, "--config", str(overlay), *kept]
+
+
+def test_a_wrapped_reward_is_read_and_hashed_as_itself(networks, scored, tmp_path):
+    folder, results = scored
+    options = command(tmp_path / "run", networks, "--data.root=null")
+    match = {"class_path": "AttributeMatch", "init_args": {"classifier": networks["reward"]}}
+    whole = rewarded(options, tmp_path / "sum.yaml", {"class_path": "Brightness"}, match)
+    main(["test", *whole[1:], "--data.test_samples_per_prompt=4"])
+    found = json.loads((tmp_path / "run" / "results" / "metrics.json").read_text())
+    assert found["apr6"] == results["apr6"]
+    assert found["provenance"]["reward"] == {
+        "class": "RewardSum(0.5 Brightness + 0.5 AttributeMatch)",
+        "digest": results["provenance"]["reward"]["digest"],
+    }
+    matrix, wrapped = (
+        (run / "results" / "leakage.csv").read_bytes() for run in (folder, tmp_path / "run")
+    )
+    assert matrix == wrapped
+
+
+def test_a_reward_of_another_form_is_refused_before_anything_is_drawn(networks, tmp_path):
+    listed = {"class_path": "support.own_rewards.Listed"}
+    for verb in ("predict", "fit"):
+        options = command(tmp_path / verb, networks)
+        whole = rewarded(options, tmp_path / "sum.yaml", listed)
+        with pytest.raises(UserError, match="the reward Listed returned, for 3 images: list of 3"):
+            main([verb, *whole[1:]])
+        assert not (tmp_path / verb / "samples").exists()
+        assert not (tmp_path / verb / "checkpoints").exists()
+
+
 def test_a_given_file_that_is_not_there_is_refused(networks, isic, tmp_path):
     options = command(tmp_path, networks, f"--data.root={isic}")
     with pytest.raises(UserError, match=r"there is no file nowhere\.pth.*fetch https://"):

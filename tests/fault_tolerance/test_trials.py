@@ -1,15 +1,12 @@
-"""A trial leaves a finished run alone, and only trained weights are scored."""
+"""A trial leaves a finished run alone."""
 
 import shutil
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import classifier, ddpo, fine_tuning, in_process
-from support.tiny import tiny_ddpo
 
 FEW = (
     "--data.root=null",
@@ -98,68 +95,3 @@ def test_a_limited_fit_is_another_run(run, tmp_path, finished, stage, limit):
         run(stage, "fit", f"--trainer.{limit}", "--trainer.max_epochs=2")
     before, after = products(finished / stage), products(tmp_path / stage)
     assert after == before
-
-
-@pytest.mark.parametrize(
-    ("stage", "subcommand"),
-    [("classifier", "test"), ("classifier", "validate"), ("sd", "validate")],
-)
-def test_untrained_weights_are_not_scored(commands, tmp_path, monkeypatch, stage, subcommand):
-    monkeypatch.chdir(tmp_path)
-    _, *options = commands[stage](tmp_path / "new")
-    with pytest.raises(UserError, match=r"no trained weights in .*new/checkpoints"):
-        in_process(subcommand, *options)
-    assert not (tmp_path / "new" / "results").exists()
-
-
-def test_the_best_weights_of_a_run_are_scored_and_named(run, tmp_path, caplog):
-    caplog.set_level("INFO", "lightning.pytorch")
-    for stage, named in (
-        ("classifier", "best.ckpt"), ("sd", "newest.ckpt"), ("ddpo", "policy"),
-    ):  # fmt: skip
-        run(stage, "validate")
-        said = [r.message for r in caplog.records if r.message.startswith("weights: ")][-1]
-        assert f"{tmp_path / stage}" in said
-        assert named in said
-        assert ", sha256 " in said
-
-
-@pytest.mark.parametrize("which", ["best", "last"])
-def test_a_checkpoint_of_the_run_is_named_by_best_or_last(run, which):
-    for stage in ("classifier", "ddpo"):
-        run(stage, "validate", f"--ckpt_path={which}")
-
-
-def test_a_policy_is_validated_and_not_the_pipeline(run, tmp_path):
-    with_policy = run("ddpo", "validate").model.model.unet
-    assert any("lora" in name for name, _ in with_policy.named_parameters())
-    without = run("ddpo", "validate", "--model.policy=null").model.model.unet
-    assert not any("lora" in name for name, _ in without.named_parameters())
-
-
-def test_adapters_are_not_loaded_into_a_model_without(run):
-    with pytest.raises(UserError, match="does not fit this model") as error:
-        run("ddpo", "test", "--model.policy=null", "--ckpt_path=last")
-    assert "--model.policy FOLDER" in str(error.value)
-
-
-def test_a_policy_with_missing_adapters_is_refused(run, finished, tmp_path):
-    shutil.copytree(finished / "ddpo" / "policy", tmp_path / "part")
-    (file,) = (tmp_path / "part").glob("*.safetensors")
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    kept = dict(sorted(load_file(file).items())[:4])
-    save_file(kept, file, metadata)
-    for subcommand in ("test", "validate"):
-        with pytest.raises(UserError, match=r"is not whole: \d+ of its \d+ adapters are missing"):
-            run("ddpo", subcommand, f"--model.policy={tmp_path / 'part'}")
-
-
-def test_in_python_a_policy_is_loaded_without_a_trainer(finished, tiny_pipeline, tiny_classifiers):
-    module = tiny_ddpo(
-        tiny_pipeline, tiny_classifiers, policy=str(finished / "ddpo" / "policy"), train="lora"
-    )
-    module.configure_model()
-    assert any("lora" in name for name, _ in module.model.unet.named_parameters())
-    with pytest.raises(UserError, match="to be sampled from"):
-        module.configure_optimizers()

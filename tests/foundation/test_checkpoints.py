@@ -16,11 +16,12 @@ from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint, require_known_classes
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import sha256_of
-from rl4med_ddpo.lightning_modules import DDPO, AttributeMatch
+from rl4med_ddpo.lightning_modules import DDPO
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.lora import load_policy
 from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, load_unet
+from rl4med_ddpo.lightning_modules.rewards import AttributeMatch, Brightness, RewardSum
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from support.command_line import ROOT, ddpo, in_process
 from support.dermoscopy import ATTRIBUTES
@@ -292,10 +293,13 @@ def test_the_reward_network_under_another_name_is_no_judge(
     judge = tmp_path / "judge.ckpt"
     torch.save(whole, judge)
     load_classifier(judge, heads="any_of")
-    module = tiny_ddpo(tiny_pipeline, tiny_classifiers | {"judge": str(judge)})
-    with pytest.raises(UserError, match="of its weights from the reward network") as error:
-        module.configure_model()
-    assert str(judge) in str(error.value)
+    plain, within = (AttributeMatch(tiny_classifiers["reward"]) for _ in range(2))
+    for reward in (plain, RewardSum([Brightness(), RewardSum([within])])):
+        networks = tiny_classifiers | {"judge": str(judge)}
+        module = tiny_ddpo(tiny_pipeline, networks, reward=reward)
+        with pytest.raises(UserError, match="of its weights from the reward network") as error:
+            module.configure_model()
+        assert str(judge) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,14 @@ import torch
 from torch import nn
 
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.classifier import load_classifier
+from rl4med_ddpo.lightning_modules.policy_gradient.scorer import require_independent
 from rl4med_ddpo.lightning_modules.rewards.attributes import (
     AttributeMatch,
     AttributeProbability,
     attribute_match,
 )
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, require_form
 from rl4med_ddpo.lightning_modules.rewards.brightness import Brightness
 from rl4med_ddpo.lightning_modules.rewards.reward_sum import RewardSum
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES, CONDITIONS
@@ -148,3 +151,76 @@ def test_a_sum_wants_a_weight_for_each():
         RewardSum([Brightness(), Brightness()], weights=[1.0])
     with pytest.raises(UserError, match="0 rewards"):
         RewardSum([])
+
+
+class Returned(Reward):
+    """Returns what it is told to, made of as many numbers as there are images."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, images, conditions):
+        return self.form(images.mean(dim=(1, 2, 3)))
+
+
+WRONG = {
+    "a tensor (3,), torch.float32": lambda x: x,
+    "list of 3": lambda x: x.tolist(),
+    "dict of 1": lambda x: {"value": x},
+    "value=a tensor (3, 1)": lambda x: Rewards(x[:, None], {}),
+    "value=a tensor (1,), torch.float32": lambda x: Rewards(x[:1], {}),
+    "value=a tensor ()": lambda x: Rewards(x.mean(), {}),
+    "value=float": lambda x: Rewards(0.5, {}),
+    "value=a tensor (3,), torch.int64": lambda x: Rewards((x > 0).long(), {}),
+    "on meta": lambda x: Rewards(x.to("meta"), {}),
+    "terms=NoneType": lambda x: Rewards(x, {}, None),
+    "parts['light']=a tensor (3, 1)": lambda x: Rewards(x, {"light": x[:, None]}),
+    "for 1 images: Rewards with value=a tensor ()": lambda x: Rewards(x.squeeze(), {}),
+}
+
+
+@pytest.mark.parametrize("found", WRONG)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_result_of_another_form_is_named_with_the_form_wanted(found, wrapped):
+    reward = Returned(WRONG[found])
+    with pytest.raises(UserError) as error:
+        require_form(RewardSum([reward]) if wrapped else reward, 8, 6, torch.device("cpu"))
+    assert found in str(error.value)
+    assert "the reward Returned returned" in str(error.value)
+    assert "(3,), one" in str(error.value) or "(1,), one" in str(error.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), 0.5])
+def test_a_number_an_image_is_accepted_and_nothing_is_drawn_from_the_global_stream(number):
+    reward = Returned(lambda x: Rewards(torch.full_like(x, number) + 0 * torch.rand(len(x)), {}))
+    state = torch.random.get_rng_state()
+    require_form(reward, 8, 6, torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Own(Reward):
+    """A reward of one's own that has a classifier in its own way."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.reader = load_classifier(path)
+
+    def forward(self, images, conditions):
+        return Rewards(self.reader(images).mean(dim=1), {})
+
+
+def test_what_a_reward_reads_with_is_asked_of_every_part(tiny_classifiers):
+    match = AttributeMatch(tiny_classifiers["reward"], weights={"ink": 3})
+    whole = RewardSum([Brightness(), RewardSum([match])], weights=[0.5, 2])
+    assert whole.classifiers() == []
+    whole.load()
+    assert whole.classifiers() == [match.network.module]
+    named = "RewardSum(0.5 Brightness + 2 RewardSum(1 AttributeMatch(ink=3)))"
+    assert whole.described() == named
+    judge = load_classifier(tiny_classifiers["judge"])
+    require_independent(judge, whole, "judge.ckpt")
+    for judged in (Own(tiny_classifiers["judge"]), nn.Sequential(judge.network)):
+        reward = RewardSum([match, judged])
+        with pytest.raises(UserError, match=r"the judge judge.ckpt has 100% of its weights"):
+            require_independent(judge, reward, "judge.ckpt")

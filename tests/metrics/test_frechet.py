@@ -164,6 +164,9 @@ def test_the_real_mix_undoes_an_uneven_prompt_mix():
     low, high = scores["kernel_real_mix"]["interval"]
     assert low < 0 < high
     assert scores["kernel"]["interval"][0] > 0
+    low, high = scores["noise_floor"]["range"]
+    assert low < floor < high
+    assert scores["noise_floor"]["interval"] is scores["frechet_equal_n"]["interval"] is None
     assert scores["noise_floor"]["n"] == scores["frechet_equal_n"]["n"] >= 390
 
 

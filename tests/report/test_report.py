@@ -25,6 +25,8 @@ from rl4med_ddpo.metrics.alignment import alignment, exact, readings
 from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.report import markdown
+from rl4med_ddpo.report.runs import find_runs
+from rl4med_ddpo.report.tables import quality_table
 from support.dermoscopy import (
     ARTIFACTS,
     ATTRIBUTES,
@@ -196,6 +198,46 @@ def test_runs_that_rest_on_different_things_are_refused(runs, change, says):
     with pytest.raises(UserError, match=re.escape(says)):
         main(["report", str(runs)])
     assert not (runs / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("sd", "sd_rl", "differ"),
+    [
+        ({"before_training": "aa"}, {"before_training": "aa"}, False),
+        ({"before_training": "aa", "pipeline": "moved"}, {"before_training": "aa"}, False),
+        ({"before_training": "aa"}, {"before_training": "bb"}, True),
+        ({"sampler": {"seed": 0, "digest of unet": "aa"}}, {"before_training": "aa"}, False),
+        ({"sampler": {"seed": 0, "digest of unet": "aa"}}, {"before_training": "bb"}, True),
+        ({"pipeline": "runs/sd/pipeline"}, {"pipeline": "runs/other/pipeline"}, True),
+    ],
+)
+def test_a_baseline_of_another_model_is_refused(runs, sd, sd_rl, differ):
+    for name, change in (("sd", sd), ("ddpo", sd_rl)):
+        path = runs / name / "results" / "metrics.json"
+        results = json.loads(path.read_text())
+        results["provenance"] |= change
+        path.write_text(json.dumps(results))
+    if not differ:
+        assert find_runs([runs]).samples.keys() == {"SD", "SD+RL"}
+        return
+    with pytest.raises(UserError, match="SD is not the model that SD\\+RL was trained from"):
+        main(["report", str(runs)])
+    assert not (runs / "report").exists()
+
+
+def test_the_least_and_greatest_of_halvings_are_no_interval(runs):
+    path = runs / "ddpo" / "results" / "metrics.json"
+    results = json.loads(path.read_text())
+    now = {"value": 2.0, "interval": None, "range": [1.25, 3.5], "n": 9, "n_real": 9}
+    before = {"value": 5.0, "interval": [4.0, 6.0], "n": 9, "n_real": 9}
+    estimate = {"value": 7.0, "interval": [6.5, 7.5], "n": 9, "n_real": 9}
+    scores = {"noise_floor": now, "frechet_equal_n": before, "frechet": estimate}
+    results["distribution"] = {"classifier": scores}
+    path.write_text(json.dumps(results))
+    rows = quality_table(find_runs([runs])).rows.set_index("score")["SD+RL"]
+    assert rows["noise floor, real against real"] == "2.00 (1.25 to 3.50)"
+    assert rows["Frechet distance, at the floor's n"] == "5.00 (4.00 to 6.00)"
+    assert rows["Frechet distance, classifier features"] == "7.00 [6.50, 7.50]"
 
 
 def test_folders_that_are_none(tmp_path, monkeypatch, capsys):
