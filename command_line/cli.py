@@ -1,5 +1,6 @@
 """The commands `fit`, `validate`, `test`, `predict` and `describe`, by LightningCLI."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,6 +227,14 @@ class CommandLine(LightningCLI):
     """LightningCLI, with `describe`, and with the configuration winning over a checkpoint's."""
 
     subcommand: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build the options of the command that is asked for; of all of them where none is."""
+        words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        every = self.subcommands()
+        asked = {name: skip for name, skip in every.items() if words[:1] == [name]}
+        self.subcommands = lambda: asked or every
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
