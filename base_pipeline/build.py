@@ -40,6 +40,7 @@ def build_pipeline(
     latent_channels: int = 24,
     unet_channels: tuple[int, ...] = (48, 96),
     text_width: int = 64,
+    text_length: int = 20,
 ) -> StableDiffusionPipeline:
     """Return a pipeline of untrained networks.
 
@@ -52,10 +53,11 @@ def build_pipeline(
         unet_channels: Channels of the U-Net from the latents inwards, multiples of 16. All levels
             but the first attend to the prompt.
         text_width: Width of the prompt's embedding, a multiple of 16.
+        text_length: Tokens of a prompt with its start and end.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(text_length)
         return StableDiffusionPipeline(
             vae=_autoencoder(image_size, vae_channels, latent_channels),
             text_encoder=_text_encoder(tokenizer, text_width),
@@ -75,7 +77,7 @@ def build_tokenizer(max_length: int = 20) -> CLIPTokenizer:
     """Return CLIP's tokenizer with a vocabulary that holds each word of the prompts as one token.
 
     Args:
-        max_length: Tokens of a text with its start and end; the longest prompt has 17.
+        max_length: Tokens of a text with its start and end; the longest of the 32 prompts has 20.
     """
     letters = list(bytes_to_unicode().values())
     # a merge applies wherever its pair occurs: were it first, `w i` of "with" would break "showing"

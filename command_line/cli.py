@@ -93,6 +93,12 @@ class Trainer(L.Trainer):
             ckpt_path: `last` resumes from the run folder's newest whole checkpoint if there is
                 one; null starts from scratch.
         """
+        limits = ("max_epochs", "max_steps", "limit_train_batches")
+        if nothing := [f"trainer.{limit}" for limit in limits if getattr(self, limit) == 0]:
+            raise UserError(
+                f"{' and '.join(nothing)} = 0 trains nothing, and fit would leave an untrained "
+                "model. Give at least 1; to score what is there, take validate or test"
+            )
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
         if trial(self):
             # Lightning would still write last.ckpt

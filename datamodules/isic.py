@@ -61,7 +61,8 @@ class ISICDataModule(LightningDataModule):
         distort: Blur, tint and grain training images at random, too, so that a classifier also
             reads what is a little off: another camera's images, or a decoder's.
         sampler: `shuffle` draws each training image once per epoch; `balanced` draws with
-            replacement, an image as often as its rarest attribute is rare.
+            replacement, an image as often as its rarest attribute is rare (to have none of them
+            counts as one).
         extra: Images to add to the training split (Table 4); null for none.
         seed: Of the order, flips and distortions of the training images, with the epoch.
     """
@@ -148,6 +149,11 @@ class ISICDataModule(LightningDataModule):
     def paths(self, rows: pd.DataFrame) -> list[Path]:
         """Find the image files of some rows of the joined table."""
         return find_images(self.folder, rows, self.images)
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """All that the images may be asked for with."""
+        return self.vocabulary.prompts
 
     def contents(self) -> dict[str, str]:
         """Name by their content the tables that decide a training: ids, labels and splits.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rl4med_ddpo.datamodules.file_digests import FileDigests
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.foundation.hashes import key_of
 
@@ -27,13 +28,11 @@ class LatentCache:
 
     def __init__(self, root: Path, *settings: object) -> None:
         self.folder = TensorFolder(root / f"latents-{key_of(*settings)}")
-        self._digests: dict[Path, str] = {}
+        self.digests = FileDigests()
 
     def key(self, path: Path, flips: Flips) -> str:
         """Return the key of an image file that is flipped; reads the file once a process."""
-        if path not in self._digests:
-            self._digests[path] = key_of(path.read_bytes())
-        return key_of(self._digests[path], *flips)
+        return key_of(self.digests(path), *flips)
 
     def has(self, path: Path, flips: Flips) -> bool:
         """Tell whether the latent is there."""

@@ -120,6 +120,16 @@ class ISICPromptDataModule(ISICDataModule):
         self.eval_batch_size = eval_batch_size
         self.predict_batch_size = predict_batch_size
 
+    @property
+    def prompts(self) -> list[str]:
+        """All that samples are drawn for."""
+        return [self.vocabulary.prompts[row] for row in self.rows.tolist()]
+
+    @property
+    def samples_per_prompt(self) -> int | None:
+        """Images of each prompt in an epoch; None where the prompts are drawn."""
+        return None if self.draws_from_train else self.samples_per_epoch // len(self.rows)
+
     def contents(self) -> dict[str, str]:
         """Name the tables by their content, if the prompts are drawn from them."""
         return super().contents() if self.draws_from_train else {}

@@ -14,14 +14,18 @@ from rl4med_ddpo.datamodules.isic_dataset import ISICDataset
 def inverse_frequency(conditions: NDArray[np.float32]) -> NDArray[np.float64]:
     """Weigh each image by the inverse frequency of its rarest attribute.
 
+    To have none counts as an attribute of its own, so that images without any are drawn, too.
+
     Args:
-        conditions: Multi-hot, `(N, 6)`; each row has at least one attribute.
+        conditions: Multi-hot, `(N, A)`.
 
     Returns:
         `(N,)`, sum 1.
     """
-    counts = conditions.sum(0).clip(min=1)
-    weights = (conditions / counts).max(1).astype(np.float64)
+    none = conditions.max(1, keepdims=True) == 0
+    groups = np.concatenate([conditions, none], axis=1)
+    counts = groups.sum(0).clip(min=1)
+    weights = (groups / counts).max(1).astype(np.float64)
     return weights / weights.sum()
 
 

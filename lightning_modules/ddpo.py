@@ -29,6 +29,7 @@ from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import is_hub_id
 from rl4med_ddpo.lightning_modules.policy_gradient.divergence import divergence_from_start
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
+from rl4med_ddpo.lightning_modules.policy_gradient.idle_rollouts import IdleRollouts
 from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import (
     free_memory,
     largest_micro_batch,
@@ -52,6 +53,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.objective import (
 )
 from rl4med_ddpo.lightning_modules.policy_gradient.options import (
     clip_pair,
+    require_groups,
     require_options,
     require_precision,
 )
@@ -178,7 +180,7 @@ class DDPO(TextToImage):
             "group": group_advantages, "window": self.window.advantages, "none": raw_advantages,
         }[baseline]  # fmt: skip
         self.advantages = partial(standardise, std_floor=std_floor, clip=advantage_clip)
-        self.skipped = SkippedUpdates()
+        self.skipped, self.idle = SkippedUpdates(), IdleRollouts()
         # digest of the U-Net that training starts from, once an evaluation has loaded it
         self.before_training: str | None = None
         self.scores_are_whole = True
@@ -201,9 +203,11 @@ class DDPO(TextToImage):
                 "not trained further.\n  Let the trainer put the module together, or leave "
                 "policy out"
             )
-        samples = getattr(self.trainer.datamodule, "samples_per_epoch", None)
+        data = self.trainer.datamodule
+        samples = getattr(data, "samples_per_epoch", None)
         if samples is not None:
             require_divisible(samples, self.hparams.updates, self.trainer.world_size)
+            require_groups(data.samples_per_prompt, self.hparams.baseline)
 
     def prerequisites(self, stage: str) -> list[Prerequisite]:
         """List what earlier stages must have left for this one."""
@@ -309,6 +313,7 @@ class DDPO(TextToImage):
         density = self.all_gather(rollout.log_probs.sum())
         if rewards.isfinite().all() and density.isfinite().all():
             advantages = self.advantages(rewards, groups)
+            self.idle.count(advantages.values)
             if p.old_log_probs == "training":
                 rollout = self.rescored(rollout, advantages.values)
             sums = [
@@ -616,7 +621,11 @@ class DDPO(TextToImage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what later rollouts depend on, besides weights and optimizer."""
         checkpoint["reward_window"] = self.window.history
-        checkpoint["ddpo"] = {"micro_batch": self.micro_batch, "skipped": self.skipped.state()}
+        checkpoint["ddpo"] = {
+            "micro_batch": self.micro_batch,
+            "skipped": self.skipped.state(),
+            "idle": self.idle.in_a_row,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
@@ -625,6 +634,7 @@ class DDPO(TextToImage):
         # a checkpoint from before updates were skipped has nothing to count on from
         if kept := checkpoint.get("ddpo"):
             self.skipped.load(kept["skipped"])
+            self.idle.in_a_row = kept.get("idle", 0)
             if self.hparams.micro_batch == "auto":
                 self.micro_batch = kept["micro_batch"]
 

@@ -13,6 +13,7 @@ from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
+from rl4med_ddpo.lightning_modules.diffusion.prompt_tokens import require_distinct
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit, is_hub_id
 
@@ -71,6 +72,8 @@ class TextToImage(L.LightningModule):
             pipeline = load_pipeline(self.hparams.pipeline, self.hparams.unet)
             self.prepare_unet(pipeline.unet)
             p = self.hparams
+            data = self._trainer and getattr(self.trainer.datamodule, "prompts", None)
+            require_distinct(data or (), pipeline.tokenizer)
             self.model = LatentDiffusion(pipeline, p.steps, p.eta, p.guidance)
 
     def on_train_start(self) -> None:

@@ -90,14 +90,17 @@ def apr_table(runs: Runs) -> Table:
     )
     real = {f"{d}+{a}": n for d, row in samples.items() for a, n in row.items()}
     rows.append({"": "# real samples", **{c: str(real.get(c, "-")) for c in columns}})
-    known = {f"{d}+{a}": n for d, row in PAPER_REAL_SAMPLES.items()
-             for a, n in zip(("hair", "gel_bubble", "ink", "ruler"), row, strict=True)}  # fmt: skip
-    rows.append({"": "# real samples, paper", **{c: str(known.get(c, "-")) for c in columns}})
+    papers = is_papers(vocabulary)
+    if papers:
+        known = {f"{d}+{a}": n for d, row in PAPER_REAL_SAMPLES.items()
+                 for a, n in zip(("hair", "gel_bubble", "ink", "ruler"), row, strict=True)}  # fmt: skip
+        rows.append({"": "# real samples, paper", **{c: str(known[c]) for c in columns}})
     for model in MODELS:
         entries = runs.samples[model]["table_2"]
         rows.append({"": f"{model}, APR %", **{c: percent(entries[c]) for c in columns}})
-        theirs = paper.TABLE_2[model]
-        rows.append({"": f"{model}, paper", **{c: f"{theirs.get(c, '-')}" for c in columns}})
+        if papers:
+            theirs = paper.TABLE_2[model]
+            rows.append({"": f"{model}, paper", **{c: f"{theirs[c]}" for c in columns}})
     both = paired_hits(runs)
     asked = prompt_numbers(runs.manifest("SD"), vocabulary)
     gains = {c: gain(both, asked == vocabulary.keys.index(key)) for c, key in columns.items()}
@@ -114,7 +117,7 @@ def quality_table(runs: Runs) -> Table:
     """Lay out Table 3: APR over all prompts, FID, LPIPS, and substitutes for missing weights."""
     require_models(runs)
     columns = {model: _quality(runs.samples[model]) for model in MODELS}
-    for model in MODELS:
+    for model in MODELS if is_papers(runs.vocabulary) else ():
         theirs = paper.TABLE_3[model]
         columns[f"{model}, paper"] = {
             "APR %": f"{theirs['apr']}", "FID": f"{theirs['fid']}", "LPIPS": f"{theirs['lpips']}",
@@ -138,7 +141,8 @@ def quality_table(runs: Runs) -> Table:
         )
         notes.append("Real mix: fakes weighed as their prompts are frequent among test images.")
     notes += [f"Not computed: {why}." for why in dict.fromkeys(some["unavailable"].values())]
-    return Table("Table 3. Alignment and quality over the 32 prompts", table.fillna("-"), notes)
+    title = f"Table 3. Alignment and quality over the {len(runs.vocabulary.keys)} prompts"
+    return Table(title, table.fillna("-"), notes)
 
 
 def augmentation_table(runs: Runs) -> Table:
@@ -156,8 +160,9 @@ def augmentation_table(runs: Runs) -> Table:
             for score, name in (("f1", "F1"), ("accuracy", "accuracy %"), ("auroc", "AUROC")):
                 row[name] = score_cell(cells[score], 100 if score == "accuracy" else 1)
                 row[f"{name.split()[0]} vs real"] = gain_cell(cells[score])
-            theirs = paper.TABLE_4.get(arm, {}).get(attribute)
-            row["paper F1, accuracy"] = f"{theirs[0]:.2f}, {theirs[1]:.2f}" if theirs else "-"
+            if is_papers(runs.vocabulary):
+                theirs = paper.TABLE_4.get(arm, {}).get(attribute)
+                row["paper F1, accuracy"] = f"{theirs[0]:.2f}, {theirs[1]:.2f}" if theirs else "-"
             rows.append(row)
     first = scores.iloc[0]
     notes = [
@@ -176,7 +181,7 @@ def augmentation_scores(runs: Runs) -> pd.DataFrame:
 
 
 def subgroup_table(runs: Runs) -> Table:
-    """List all 32 subgroups: real images, what the judge makes of them, and both models' APR."""
+    """List all subgroups: real images, what the judge makes of them, and both models' APR."""
     require_models(runs)
     hits, asked = paired_hits(runs), prompt_numbers(runs.manifest("SD"), runs.vocabulary)
     results = runs.samples["SD"]
@@ -205,7 +210,7 @@ def subgroup_table(runs: Runs) -> Table:
         f"Flagged below n = {FEW}. Real test images by source: {sources}.",
         f"Label noise caps APR: where a label says absent the judge agrees for {absent} %.",
     ]
-    return Table("All 32 subgroups", pd.DataFrame(rows), notes)
+    return Table(f"All {len(runs.vocabulary.keys)} subgroups", pd.DataFrame(rows), notes)
 
 
 BUILDERS: Mapping[str, Callable[[Runs], Table]] = {

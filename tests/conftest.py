@@ -8,7 +8,7 @@ import torch
 from rl4med_ddpo.base_pipeline.build import build_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES
-from support.tiny import fitted
+from support.tiny import TINY_NETWORKS, fitted
 
 # tiny networks: a second thread costs more than it computes, here and in subprocesses
 torch.set_num_threads(1)
@@ -41,15 +41,7 @@ def real_folder():
 def tiny_pipeline(tmp_path_factory):
     """A Stable Diffusion pipeline of untrained networks: 16 x 16 images, 4 x 8 x 8 latents."""
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    pipeline = build_pipeline(
-        seed=0,
-        image_size=16,
-        vae_channels=(8, 16),
-        latent_channels=4,
-        unet_channels=(16, 32),
-        text_width=16,
-    )
-    save_pipeline(pipeline, folder)
+    save_pipeline(build_pipeline(**TINY_NETWORKS), folder)
     return str(folder)
 
 

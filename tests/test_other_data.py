@@ -9,9 +9,12 @@ import torch
 import yaml
 from PIL import Image
 
+from rl4med_ddpo.base_pipeline.build import build_pipeline
 from rl4med_ddpo.command_line import main
 from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
+from support.tiny import TINY_NETWORKS
 
 OVERLAY = "--config=chest_xray/vocabulary.yaml"
 FINDINGS = ("effusion", "cardiomegaly", "pneumothorax", "device")
@@ -43,6 +46,8 @@ def run_every_stage(root, out, pipeline):
     main(["fit", *ddpo, *short, "--data.samples_per_epoch=32", "--model.updates=1",
           "--trainer.check_val_every_n_epoch=1"])  # fmt: skip
     main(["test", *ddpo, *quiet])
+    main(["test", *ddpo, *quiet, "--model.policy=null",
+          f"--trainer.default_root_dir={out}/sd"])  # fmt: skip
     return ddpo
 
 
@@ -63,12 +68,20 @@ def xrays(tmp_path):
     return root
 
 
+@pytest.fixture(scope="module")
+def long_pipeline(tmp_path_factory):
+    """A tiny pipeline that reads prompts as long as Stable Diffusion does, by letters."""
+    folder = tmp_path_factory.mktemp("pipeline") / "long"
+    save_pipeline(build_pipeline(text_length=77, **TINY_NETWORKS), folder)
+    return str(folder)
+
+
 def test_every_stage_takes_another_vocabulary_and_table(
-    xrays, tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch, capsys
+    xrays, long_pipeline, tiny_classifiers, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "runs"
-    ddpo = run_every_stage(xrays, out, tiny_pipeline)
+    ddpo = run_every_stage(xrays, out, long_pipeline)
     said = capsys.readouterr().out
     assert "effusion + cardiomegaly + pneumothorax + device" in said
     assert "The 16 subgroups" in said
@@ -86,6 +99,11 @@ def test_every_stage_takes_another_vocabulary_and_table(
     assert "**Data:** a collection of chest X-rays" in card
     assert "CC-BY" not in card
     assert f"| apr | {scores['apr']:.4g}" in card
+    main(["report", str(out)])
+    tables = "".join(path.read_text() for path in (out / "report").glob("*.md"))
+    assert "Table 2. APR" in tables
+    for told in ("paper", "32", "melanoma"):
+        assert told not in tables, told
     # other words are other prompts: the run does not go on with them without consent
     words = "--data.vocabulary.words.device=a pacemaker"
     with pytest.raises(UserError, match=r"data\.vocabulary\.words\.device: a support device -> a"):
@@ -94,6 +112,32 @@ def test_every_stage_takes_another_vocabulary_and_table(
     # nor does a reward that reads dermoscopy judge chest X-rays
     with pytest.raises(UserError, match=r"others read\n.*hair, gel_bubble"):
         main(["test", *ddpo, f"--model.reward.classifier={tiny_classifiers['reward']}"])
+
+
+def test_images_without_findings_and_findings_without_images(xrays, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels = pd.read_csv(xrays / "labels.csv")
+    labels.loc[:24, list(FINDINGS)] = 0
+    labels["device"] = 0
+    labels.to_csv(xrays / "labels.csv", index=False)
+    command = [
+        "fit", "--config=classifier.yaml", OVERLAY, f"--data.root={xrays}",
+        f"--data.table={xrays}/labels.csv", "--data.images=xrays", "--data.split=lesion",
+        "--data.size=16", "--data.batch_size=8", "--data.num_workers=0", "--data.copies=null",
+        "--data.sampler=balanced", "--model.attributes=null", "--model.backbone=test_efficientnet",
+        "--model.pretrained=false", "--model.image_size=32", "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"images with and without each attribute.*device 0"):
+        main([*command, "--model.pos_weight=balanced"])
+    cli = main(command)
+    scores = cli.trainer.callback_metrics
+    assert all(score.isfinite() for score in scores.values())
+    assert "f1/device" not in {name.partition("/")[2] for name in scores}
+    images = cli.datamodule.train_set.conditions
+    drawn = [key % len(images) for key in cli.datamodule.train_dataloader().sampler]
+    share = (images[drawn].sum(dim=1) == 0).float().mean()
+    assert share > 0.1
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,21 @@ def _require_window(window: tuple[int, int] | None, steps: int) -> None:
     )
 
 
+def require_groups(samples_per_prompt: int | None, baseline: str) -> None:
+    """Refuse groups of one sample, which has nothing to be compared with.
+
+    Args:
+        samples_per_prompt: Of an epoch; None where the prompts are drawn.
+        baseline: DDPO's option.
+    """
+    if samples_per_prompt == 1 and baseline == "group":
+        raise UserError(
+            "samples_per_epoch is the number of prompts, so each prompt has one sample, which is "
+            "its own baseline: every advantage would be 0, and nothing would be learnt. Draw more "
+            "(--data.samples_per_epoch), or compare with past rollouts (--model.baseline window)"
+        )
+
+
 def clip_pair(clip_range: float | Sequence[float]) -> tuple[float, float]:
     """Return how far the ratio may fall below 1 and rise above it; YAML gives two as a list."""
     if isinstance(clip_range, int | float):

@@ -7,6 +7,7 @@ from rl4med_ddpo.command_line.parser import CONFIGS
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import ROOT, as_process, ddpo, in_process
+from support.dermoscopy import PROMPTS
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,8 @@ def tiny_options(name, pipeline, classifiers, isic):
         return [*sampled, *images, *cache]
     return [
         *ddpo("run", pipeline, classifiers)[4:6], *sampled, f"--model.judge={classifiers['judge']}",
-        "--data.samples_per_epoch=32", "--data.validation_samples_per_prompt=1",
+        f"--data.prompts=[{', '.join(map(repr, PROMPTS[::4]))}]",
+        "--data.samples_per_epoch=16", "--data.validation_samples_per_prompt=1",
         "--model.clip_range=0.1", "--model.timestep_window=null",
     ]  # fmt: skip
 

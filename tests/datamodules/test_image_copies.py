@@ -1,12 +1,14 @@
 import os
-import time
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from rl4med_ddpo.datamodules import image_copies
 from rl4med_ddpo.datamodules.image_copies import ResizedCopies
+from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.foundation.errors import UserError
 
@@ -76,12 +78,31 @@ def test_damaged_copies_and_replaced_images_are_made_anew(folder, tmp_path, monk
     empty.write_bytes(b"")
     path = data.train_set.paths[0]
     Image.new("RGB", (8, 8), (255, 0, 0)).save(path)
-    os.utime(path, (time.time() + 5,) * 2)
     made = counted(monkeypatch)
     again = prepared(folder, tmp_path / "c")
     assert len(made) in (3, 4)
     assert again.train_set[0]["image"][0].mean() > 0.9
     assert len(list(again.train_set)) == len(again.train_set)
+
+
+def test_files_of_one_name_size_and_time_have_copies_of_their_own(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder.root, other)
+    for path in sorted(folder.images.iterdir()):
+        seen = np.asarray(Image.open(path))
+        for root, image in ((folder.root, seen), (other, 255 - seen)):
+            twin = root / INPUT / path.name
+            Image.fromarray(image).save(twin, "PNG", compress_level=0)
+            os.utime(twin, (0, 0))
+    assert path.stat().st_size == twin.stat().st_size
+    prepared(folder, tmp_path / "c")
+    inverted = ISICDataModule(str(other), copies=str(tmp_path / "c"), size=8, num_workers=1)
+    inverted.prepare_data()
+    plain = ISICDataModule(str(other), size=8, num_workers=0)
+    for data in (plain, inverted):
+        data.setup("test")
+    for theirs, ours in zip(plain.test_set, inverted.test_set, strict=True):
+        assert torch.equal(theirs["image"], ours["image"])
 
 
 def test_workers_make_the_same_copies(folder, tmp_path):

@@ -48,6 +48,12 @@ def test_weights_are_inverse_frequencies_of_the_rarest_attribute():
     assert inverse_frequency(conditions) == pytest.approx(np.array([4, 2, 2, 1]) / 9)
 
 
+def test_images_without_any_attribute_are_drawn_as_a_group_of_their_own():
+    conditions = np.array([[1, 0], [1, 0], [0, 0], [0, 0], [0, 0], [0, 0]], np.float32)
+    assert inverse_frequency(conditions) == pytest.approx(np.array([2, 2, 1, 1, 1, 1]) / 8)
+    assert inverse_frequency(np.zeros((4, 2), np.float32)) == pytest.approx(np.full(4, 1 / 4))
+
+
 def test_balanced_draws_follow_the_weights():
     weights = np.arange(N) / np.arange(N).sum()
     drawn = np.concatenate([np.array(keys(e, weights=weights)) % N for e in range(2000)])

@@ -86,7 +86,7 @@ def begun(tiny_pipeline, tiny_classifiers, tmp_path_factory):
 def test_a_changed_setting_is_shown_and_refused(begun, monkeypatch, option, key, shown):
     folder, args = begun
     monkeypatch.chdir(folder.parent)
-    options = [option, "--data.samples_per_epoch=32"] if key == "prompts" else [option]
+    options = [option, "--data.samples_per_epoch=64"] if key == "prompts" else [option]
     before = last(folder)
     with pytest.raises(UserError) as error:
         in_process(*args, *options)

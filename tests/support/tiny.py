@@ -9,6 +9,16 @@ from support.dermoscopy import CONDITIONS, PROMPTS
 from support.trainers import quiet_trainer
 
 
+TINY_NETWORKS = {
+    "seed": 0,
+    "image_size": 16,
+    "vae_channels": (8, 16),
+    "latent_channels": 4,
+    "unet_channels": (16, 32),
+    "text_width": 16,
+}
+
+
 class RecordedDDPO(DDPO):
     """DDPO that keeps its rollouts and advantages, and the weights and gradients of each step."""
 
