@@ -63,8 +63,7 @@ class Predictions(Callback):
         if not trainer.is_global_zero:
             return
         parts = [folder / f"predictions-{rank}.part.csv" for rank in range(trainer.world_size)]
-        # a sampler that deals images out to processes may repeat some to come out even
-        found = pd.concat([pd.read_csv(p) for p in parts]).drop_duplicates("id").sort_values("id")
+        found = pd.concat([pd.read_csv(p) for p in parts]).sort_values("id")
         data = trainer.datamodule
         known = data.splits.test[["id", "lesion_id", "source"]]
         write_csv(folder / PREDICTIONS, known.merge(found, on="id").sort_values("id"), index=False)

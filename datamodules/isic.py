@@ -20,13 +20,18 @@ from rl4med_ddpo.datamodules.extra_images import ExtraImages, extra_rows
 from rl4med_ddpo.datamodules.image_copies import ResizedCopies
 from rl4med_ddpo.datamodules.images import INPUT, Resize, find_images
 from rl4med_ddpo.datamodules.isic_dataset import ISICDataset
-from rl4med_ddpo.datamodules.sampling import EpochSampler, TrainLoader, inverse_frequency
+from rl4med_ddpo.datamodules.sampling import (
+    EpochSampler,
+    EvaluationSampler,
+    TrainLoader,
+    inverse_frequency,
+)
 from rl4med_ddpo.datamodules.splits import Splits, make_splits
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import key_of
 
-Item = dict[str, Tensor | str]
+Item = dict[str, Tensor | str | int]
 
 
 class ISICDataModule(LightningDataModule):
@@ -219,7 +224,8 @@ class ISICDataModule(LightningDataModule):
         if self.sampler == "balanced":
             weights = inverse_frequency(self.train_set.conditions.numpy())
         if self.trainer is None:
-            return self._loader(self.train_set, EpochSampler(self.train_set, self.seed, weights))
+            sampler = EpochSampler(self.train_set, self.seed, weights)
+            return DataLoader(self.train_set, sampler=sampler, **self._options())
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = EpochSampler(self.train_set, self.seed, weights, world_size, rank)
         return TrainLoader(sampler, self._trained_batches, **self._options())
@@ -231,19 +237,21 @@ class ISICDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Item]:
         """Give the validation images in order."""
-        return self._loader(self.val_set)
+        return self._evaluated(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Item]:
         """Give the test images in order."""
-        return self._loader(self.test_set)
+        return self._evaluated(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Item]:
         """Give the test images in order."""
-        return self._loader(self.test_set)
+        return self._evaluated(self.test_set)
 
-    def _loader(
-        self, dataset: ISICDataset, sampler: EpochSampler | None = None
-    ) -> DataLoader[Item]:
+    def _evaluated(self, dataset: ISICDataset) -> DataLoader[Item]:
+        world_size, rank = 1, 0
+        if self.trainer is not None:
+            world_size, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = EvaluationSampler(dataset, world_size, rank)
         return DataLoader(dataset, sampler=sampler, **self._options())
 
     def _options(self) -> dict[str, Any]:

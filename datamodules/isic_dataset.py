@@ -17,8 +17,8 @@ from rl4med_ddpo.datamodules.latents import EVERY_FLIP, Flips, LatentCache
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 
 
-class ISICDataset(Dataset[dict[str, Tensor | str]]):
-    """Images of one split, as `image` `(3, S, S)`, `condition` `(A,)`, `prompt` and `id`.
+class ISICDataset(Dataset[dict[str, Tensor | str | int]]):
+    """Images of one split, as `image` `(3, S, S)`, `condition` `(A,)`, `prompt`, `id` and `draw`.
 
     Args:
         frame: Rows of the joined table, see `datamodules.annotations.Annotations`.
@@ -70,11 +70,11 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | str]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor | str | int]]:
         """Yield each image once; `__getitem__` alone, which takes any key, would never end."""
         return (self[row] for row in range(len(self)))
 
-    def __getitem__(self, key: int) -> dict[str, Tensor | str]:
+    def __getitem__(self, key: int) -> dict[str, Tensor | str | int]:
         """Read image `key % len(self)`; greater keys are further draws of it, flipped again."""
         row, flips = key % len(self), self.flips(key)
         if self.latents is None:
@@ -86,6 +86,7 @@ class ISICDataset(Dataset[dict[str, Tensor | str]]):
             "condition": self.conditions[row],
             "prompt": self.prompt(row),
             "id": self.ids[row],
+            "draw": key // len(self),
         }
 
     def prompt(self, row: int) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -79,7 +80,33 @@ class EpochSampler(DistributedSampler[int]):
         )
 
 
-class TrainLoader(DataLoader[dict[str, Tensor | str]]):
+class EvaluationSampler(DistributedSampler[int]):
+    """Deal the images out to the processes in their order, each process as many as every other.
+
+    A key is the image's number, or that of an image repeated to make the shares even plus N:
+    another draw of it, which `counted` leaves out. So scores do not depend on the number of
+    processes, and no process waits for one that has fewer batches.
+
+    Args:
+        dataset: Of N images.
+        num_replicas: Number of processes.
+        rank: Index of this process.
+    """
+
+    def __init__(self, dataset: ISICDataset, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+def counted(batch: dict[str, Any]) -> Tensor:
+    """Tell which images of an evaluation's batch count, `(B,)` bool: all but the repeated ones."""
+    draw = batch.get("draw", torch.zeros(len(batch["id"]), dtype=torch.int64))
+    return draw == 0
+
+
+class TrainLoader(DataLoader[dict[str, Tensor | str | int]]):
     """Gives the batches of an epoch that are not trained yet.
 
     Nothing is read before the first of them is asked for: Lightning makes an iterator before it

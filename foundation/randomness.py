@@ -6,12 +6,16 @@ save, and any image can be drawn again from its key.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+Draw = torch.Generator | list[torch.Generator]
+"""Where numbers come from: one generator for a batch, or one for each of its rows."""
 
-def key(seed: int, purpose: str, *indices: int) -> int:
+
+def key(seed: int, purpose: str, *indices: int | str) -> int:
     """Hash (seed, purpose, indices) to an integer in [0, 2**63)."""
     text = ":".join(map(str, (seed, purpose, *indices)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -25,3 +29,17 @@ def keys(seed: int, purpose: str, epoch: int, indices: Tensor) -> Tensor:
 def generator(key: int) -> torch.Generator:
     """Return a CPU generator whose stream is decided by the key."""
     return torch.Generator().manual_seed(key)
+
+
+def normal(shape: Sequence[int], draw: Draw) -> Tensor:
+    """Draw standard normal numbers, `(B, ...)`; on the CPU."""
+    if isinstance(draw, torch.Generator):
+        return torch.randn(*shape, generator=draw)
+    return torch.cat([torch.randn(1, *shape[1:], generator=row) for row in draw])
+
+
+def integers(end: int, n: int, draw: Draw) -> Tensor:
+    """Draw n of the numbers from 0 to below `end`, `(n,)` int64."""
+    if isinstance(draw, torch.Generator):
+        return torch.randint(end, (n,), generator=draw)
+    return torch.cat([torch.randint(end, (1,), generator=row) for row in draw])

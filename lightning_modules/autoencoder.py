@@ -9,8 +9,11 @@ from diffusers import AutoencoderKL
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 
+from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.foundation.errors import UserError
+from rl4med_ddpo.foundation.randomness import generator, key
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import (
     feature_loss,
@@ -58,6 +61,9 @@ class Autoencoder(L.LightningModule):
             )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        # a value that is NaN shows as NaN
+        self.psnr = MeanMetric(nan_strategy="disable")
+        self.same_reading = MeanMetric(nan_strategy="disable")
 
     def configure_model(self) -> None:
         """Load the pipeline and the classifier; free the decoder alone."""
@@ -84,10 +90,16 @@ class Autoencoder(L.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode and decode images, `(B, 3, H, W)` in [0, 1], from a sample of the posterior."""
+    def forward(self, images: Tensor, draw: list[torch.Generator] | None = None) -> Tensor:
+        """Encode and decode images, `(B, 3, H, W)` in [0, 1], from a sample of the posterior.
+
+        Args:
+            images: B images.
+            draw: A generator for each image; by default torch's own.
+        """
         with torch.no_grad():
-            latents = self.vae.encode(images * 2 - 1, return_dict=False)[0].sample()
+            posterior = self.vae.encode(images * 2 - 1, return_dict=False)[0]
+            latents = posterior.sample(draw)  # pyright: ignore[reportArgumentType]
         decoded = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
         return decoded.float() / 2 + 0.5
 
@@ -106,15 +118,19 @@ class Autoencoder(L.LightningModule):
         return pixels + self.hparams.perceptual_weight * features
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log how near reconstructions are, and how many read as the images do."""
-        images = batch["image"]
-        reconstruction = self(images).clamp(0, 1)
+        """Count how near reconstructions are, and how many read as the images do."""
+        images, rows = batch["image"], counted(batch)
+        draw = [generator(key(0, "validation", name)) for name in batch["id"]]
+        reconstruction = self(images, draw).clamp(0, 1)
         same = (self.perceptual(reconstruction) > 0) == (self.perceptual(images) > 0)
-        scores = {
-            "val/psnr": signal_to_noise(reconstruction, images).mean(),
-            "val/same_reading": same.all(dim=1).float().mean(),
-        }
-        self.log_dict(scores, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.psnr.update(signal_to_noise(reconstruction, images)[rows])
+        self.same_reading.update(same.all(dim=1).float()[rows])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation split."""
+        for name, metric in (("psnr", self.psnr), ("same_reading", self.same_reading)):
+            self.log(f"val/{name}", metric.compute(), prog_bar=True)
+            metric.reset()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the classifier's first feature maps of images in [0, 1]."""

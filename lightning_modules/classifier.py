@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
+from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
@@ -105,6 +107,8 @@ class AttributeClassifier(L.LightningModule):
         self.register_buffer("positive_weight", given_weights(pos_weight, self.attributes))
         self.val_scores = AttributeScores(self.attributes)
         self.test_scores = AttributeScores(self.attributes)
+        # a loss that is NaN shows as NaN
+        self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
         """Refuse data whose conditions mean something else."""
@@ -201,14 +205,14 @@ class AttributeClassifier(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        loss = self._loss(self(batch["image"]), self.targets(batch))
+        loss = self._losses(self(batch["image"]), self.targets(batch)).mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
-        self._evaluate(batch, "val", self.val_scores)
+        self._evaluate(batch, self.val_scores)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the validation split."""
@@ -216,8 +220,7 @@ class AttributeClassifier(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Score one batch of the test split; return its `id`, `logits` and `targets`."""
-        logits = self._evaluate(batch, "test", self.test_scores)
-        return {"id": batch["id"], "logits": logits, "targets": self.targets(batch)}
+        return self._evaluate(batch, self.test_scores)
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the test split."""
@@ -227,28 +230,26 @@ class AttributeClassifier(L.LightningModule):
         """Return what the heads should say, `(B, H)` of 0 and 1: columns of the conditions."""
         return batch["condition"][:, self.columns]
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight)
-
-    def _evaluate(self, batch: Batch, split: str, scores: AttributeScores) -> Tensor:
-        logits, targets = self(batch["image"]), self.targets(batch)
-        scores.update(logits, targets.long())
-        loss = self._loss(logits, targets)
-        self.log(
-            f"{split}/loss",
-            loss,
-            on_epoch=True,
-            on_step=False,
-            batch_size=len(logits),
-            sync_dist=True,
-            prog_bar=True,
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=self.positive_weight, reduction="none"
         )
-        return logits
+
+    def _evaluate(self, batch: Batch, scores: AttributeScores) -> dict[str, Any]:
+        """Count the images of a batch; those that other processes count as well are left out."""
+        rows = counted(batch)
+        logits, targets = self(batch["image"])[rows], self.targets(batch)[rows]
+        if len(logits):
+            scores.update(logits, targets.long())
+            self.mean_loss.update(self._losses(logits, targets).mean(dim=1))
+        ids = [name for name, counts in zip(batch["id"], rows.tolist(), strict=True) if counts]
+        return {"id": ids, "logits": logits, "targets": targets}
 
     def _log_scores(self, split: str, scores: AttributeScores) -> None:
-        computed = scores.compute()
-        scores.reset()
-        self.log_dict({f"{split}/{name}": score for name, score in computed.items()})
+        self.log(f"{split}/loss", self.mean_loss.compute(), prog_bar=True)
+        self.log_dict({f"{split}/{name}": score for name, score in scores.compute().items()})
+        for metric in (self.mean_loss, scores):
+            metric.reset()
 
 
 def load_classifier(

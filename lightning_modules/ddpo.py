@@ -511,10 +511,12 @@ class DDPO(TextToImage):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Score this rank's share of the prompts, always with the same noise."""
         mine = slice(self.global_rank, None, self.trainer.world_size)
-        conditions = batch["condition"][mine].to(self.device)
-        noise_keys = keys(self.hparams.seed, "validation", 0, batch["index"][mine])
-        images = self.generate(batch["prompt"][mine], noise_keys)
-        self.scorer.count(self.scorer.judge(images), self.reward_of(images, conditions), conditions)
+        prompts, conditions = batch["prompt"][mine], batch["condition"][mine].to(self.device)
+        if prompts:
+            noise_keys = keys(self.hparams.seed, "validation", 0, batch["index"][mine])
+            images = self.generate(prompts, noise_keys)
+            reward = self.reward_of(images, conditions)
+            self.scorer.count(self.scorer.judge(images), reward, conditions)
         if batch_idx == 0:
             self.scorer.divergence.update(self.divergence_of(batch))
 

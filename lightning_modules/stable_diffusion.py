@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from rl4med_ddpo.datamodules.isic import ISICDataset
 from rl4med_ddpo.datamodules.latents import LatentCache
+from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
-from rl4med_ddpo.foundation.randomness import generator, key
+from rl4med_ddpo.foundation.randomness import Draw, generator, integers, key, normal
 from rl4med_ddpo.lightning_modules.diffusion.latent_filling import MissingVariants, fill
 from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, merged, save_lora
 from rl4med_ddpo.lightning_modules.diffusion.noise_prediction import min_snr_weights, offset_noise
@@ -86,6 +88,8 @@ class StableDiffusion(TextToImage):
             )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        # a loss that is NaN shows as NaN
+        self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Train all of the U-Net, or adapters on it."""
@@ -148,22 +152,39 @@ class StableDiffusion(TextToImage):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the loss at noise and timesteps that are the same in every epoch."""
-        loss = self.noise_prediction_loss(
-            batch, batch["prompt"], self.draws("validation", 0, batch_idx)
-        )
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["prompt"]))
+        """Count the loss at noise and timesteps that each image has in every epoch."""
+        seed = self.hparams.seed
+        draw = [generator(key(seed, "validation", name)) for name in batch["id"]]
+        errors = self.noise_prediction_errors(batch, batch["prompt"], draw)
+        self.mean_loss.update(errors[counted(batch)])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss of the validation split."""
+        self.log("val/loss", self.mean_loss.compute(), prog_bar=True)
+        self.mean_loss.reset()
 
     def noise_prediction_loss(
-        self, batch: dict[str, Any], prompts: list[str], draw: torch.Generator
+        self, batch: dict[str, Any], prompts: list[str], draw: Draw
     ) -> Tensor:
         """Mean squared error of the predicted noise at uniformly drawn timesteps."""
+        return self.noise_prediction_errors(batch, prompts, draw).mean()
+
+    def noise_prediction_errors(
+        self, batch: dict[str, Any], prompts: list[str], draw: Draw
+    ) -> Tensor:
+        """Squared error of each image's predicted noise, `(B,)`.
+
+        Args:
+            batch: `image` or `latents`.
+            prompts: B texts.
+            draw: One generator of all that is random, or one for each image.
+        """
         latents = self.latents_of(batch, draw)
-        noise = torch.randn(latents.shape, generator=draw).to(latents)
+        noise = normal(latents.shape, draw).to(latents)
         levels = self.model.noise_scheduler.config.num_train_timesteps
-        timestep = torch.randint(levels, (len(latents),), generator=draw).to(self.device)
+        timestep = integers(levels, len(latents), draw).to(self.device)
         if self.hparams.noise_offset:
-            shift = torch.randn((*latents.shape[:2], 1, 1), generator=draw).to(latents)
+            shift = normal((*latents.shape[:2], 1, 1), draw).to(latents)
             noise = offset_noise(noise, shift, self.hparams.noise_offset)
         noisy = self.model.noise_scheduler.add_noise(latents, noise, timestep)
         predicted = self.model.unet(noisy, timestep, self.model.embed(prompts), return_dict=False)[
@@ -173,14 +194,14 @@ class StableDiffusion(TextToImage):
         if self.hparams.min_snr_gamma is not None:
             alpha = self.model.noise_scheduler.alphas_cumprod.to(self.device)[timestep]
             error = error * min_snr_weights(alpha, self.hparams.min_snr_gamma)
-        return error.mean()
+        return error
 
-    def latents_of(self, batch: dict[str, Any], draw: torch.Generator) -> Tensor:
+    def latents_of(self, batch: dict[str, Any], draw: Draw) -> Tensor:
         """Sample the images' latents from the autoencoder's posterior, scaled, `(B, C, h, w)`."""
         cached = batch.get("latents")
         distribution = self.encode(batch["image"]) if cached is None else cached
         mean, std = distribution.chunk(2, dim=1)
-        sample = mean + std * torch.randn(mean.shape, generator=draw).to(mean)
+        sample = mean + std * normal(mean.shape, draw).to(mean)
         return sample * self.model.vae.module.config["scaling_factor"]
 
     @torch.no_grad()

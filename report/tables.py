@@ -92,8 +92,12 @@ def apr_table(runs: Runs) -> Table:
     rows.append({"": "# real samples", **{c: str(real.get(c, "-")) for c in columns}})
     papers = is_papers(vocabulary)
     if papers:
-        known = {f"{d}+{a}": n for d, row in PAPER_REAL_SAMPLES.items()
-                 for a, n in zip(("hair", "gel_bubble", "ink", "ruler"), row, strict=True)}  # fmt: skip
+        order = ("hair", "gel_bubble", "ink", "ruler")
+        known = {
+            f"{disease}+{artifact}": n
+            for disease, row in PAPER_REAL_SAMPLES.items()
+            for artifact, n in zip(order, row, strict=True)
+        }
         rows.append({"": "# real samples, paper", **{c: str(known[c]) for c in columns}})
     for model in MODELS:
         entries = runs.samples[model]["table_2"]

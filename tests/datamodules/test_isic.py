@@ -65,7 +65,7 @@ def test_batches(folder, stage, loader):
     rows = getattr(data.splits, "test" if loader == "predict" else loader).set_index("id")
     seen = []
     for batch in getattr(data, f"{loader}_dataloader")():
-        assert set(batch) == {"image", "condition", "prompt", "id"}
+        assert set(batch) == {"image", "condition", "prompt", "id", "draw"}
         n = len(batch["id"])
         assert batch["image"].shape == (n, 3, 8, 8)
         assert batch["image"].dtype == batch["condition"].dtype == torch.float32

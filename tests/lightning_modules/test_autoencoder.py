@@ -51,7 +51,8 @@ def classifier(tmp_path_factory) -> str:
 
 
 def loader(images: Tensor) -> DataLoader:
-    return DataLoader([{"image": image} for image in images], batch_size=8)
+    items = [{"image": image, "id": f"image_{i}"} for i, image in enumerate(images)]
+    return DataLoader(items, batch_size=8)
 
 
 def test_the_networks_are_built_on_the_cpu_whatever_the_default_device(pipeline, classifier):

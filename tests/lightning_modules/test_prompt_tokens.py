@@ -6,7 +6,7 @@ from rl4med_ddpo.lightning_modules.diffusion.prompt_tokens import require_distin
 from support.command_line import ddpo, fine_tuning, in_process
 from support.dermoscopy import PROMPTS
 
-LONG = "--data.vocabulary.template=an image taken with the dermoscope of our hospital, {one_of} {any_of}"
+LONG = "--data.vocabulary.template=an image of our own dermoscope, {one_of} {any_of}"
 
 
 @pytest.mark.parametrize("stage", ["sd", "ddpo"])
@@ -19,7 +19,7 @@ def test_prompts_that_the_text_encoder_cuts_to_the_same_are_refused(
         "ddpo": ddpo(tmp_path, tiny_pipeline, tiny_classifiers, LONG, "--data.prompts=balanced",
                      "--data.samples_per_epoch=64"),
     }  # fmt: skip
-    with pytest.raises(UserError, match="two prompts are one to the text encoder.* 20 tokens"):
+    with pytest.raises(UserError, match=r"two prompts are one to the text encoder.* 20 tokens"):
         in_process(*commands[stage])
     assert not list(tmp_path.rglob("*.ckpt"))
 

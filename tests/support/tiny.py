@@ -8,7 +8,6 @@ from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMa
 from support.dermoscopy import CONDITIONS, PROMPTS
 from support.trainers import quiet_trainer
 
-
 TINY_NETWORKS = {
     "seed": 0,
     "image_size": 16,
