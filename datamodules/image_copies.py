@@ -56,7 +56,7 @@ class ResizedCopies(Dataset[tuple[bool, str]]):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[bool, str]:
-        """Make copy i unless there is a sound one; tell whether it is new, and the file's digest."""
+        """Make copy i unless there is a sound one; tell whether so, and the file's digest."""
         path = self.paths[i]
         digest = self.digests(path)
         if self._sound(digest):

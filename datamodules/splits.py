@@ -110,7 +110,8 @@ def _hold_out(frame: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def _split_file(folder: Path, name: str) -> Path:
-    found = sorted(folder.glob(f"*{name}*.csv"))
+    # macOS puts a file ._NAME beside each one on foreign file systems
+    found = sorted(p for p in folder.glob(f"*{name}*.csv") if not p.name.startswith("."))
     if len(found) != 1:
         what = f"{len(found)} files" if found else "no file"
         raise UserError(

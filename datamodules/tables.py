@@ -12,7 +12,9 @@ from rl4med_ddpo.foundation.errors import UserError, name_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 DOWNSAMPLED = "_downsampled"
-_ID = re.compile(r"[A-Za-z0-9_]{1,100}")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_ID = re.compile(rf"(?=.{{1,200}}$){_PART}(?:/{_PART})*")
+"""Names of folders below the images' folder, and of the file: none leads up or out."""
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -30,9 +32,15 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         columns as text.
 
     Raises:
-        UserError: if the file is no such table, or if an id is malformed or given twice.
+        UserError: if the file is no such table, or if an id or a column is malformed or given
+            twice.
     """
     header, lines, rows = _parse(path, _read_text(path))
+    if twice := [name for name in ("image", *columns) if header.count(name) > 1]:
+        raise UserError(
+            f"{path} has several columns named {name_few(twice)}, and nothing says which one is "
+            "meant.\n  Rename or remove all but one."
+        )
     missing = [name for name in ("image", *columns) if name not in header]
     if missing:
         raise UserError(
@@ -49,7 +57,9 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         shown = [f"{name[:100]!r} in line {line}" for line, name in malformed]
         raise UserError(
             f"{path}: {len(malformed):,} image id(s) are malformed: {name_few(shown)}.\n"
-            "  An id is made of at most 100 letters, digits and underscores, like ISIC_0000000.\n"
+            "  An id is made of at most 200 letters, digits, _, - and dots, like ISIC_0000000 or\n"
+            "  site-1/scan.001: the file's name, with the folders below the images' folder. No part\n"
+            "  of it begins with a dot or a hyphen.\n"
             "  Nothing was opened under these names. Correct or remove the lines."
         )
     ids = [stem.removesuffix(DOWNSAMPLED) for stem in stems]

@@ -4,10 +4,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rl4med_ddpo.datamodules.annotations import GROUND_TRUTH, read_annotations
 from rl4med_ddpo.datamodules.images import INPUT, find_images, read_image
+from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
 
 RAMP = np.stack(
@@ -107,6 +108,79 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     path = save(tmp_path, Image.fromarray(RAMP), exif=exif)
     assert (pixels(read_image(path, 16)) == np.rot90(RAMP, -1)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, Image.fromarray(RAMP), exif=exif)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    assert (pixels(read_image(path, 16)) == upright).all()
+
+
+def wild_entry(rng):
+    """An EXIF entry of any tag and type: 12 bytes, and what it points to."""
+    tag, kind = int(rng.integers(1, 0xFFFF)), int(rng.integers(0, 14))
+    if rng.random() < 0.3:
+        tag = int(rng.choice([0x0112, 0x011A, 0x8769, 0x8825, 0x829A, 0x9286, 0x02BC]))
+    count, pointed = int(rng.integers(0, 4)), rng.bytes(24) if rng.random() < 0.5 else bytes(24)
+    return struct.pack("<HHI", tag, kind, count), pointed
+
+
+def wild_exif(rng):
+    turned = struct.pack("<HHI", 0x0112, 3, 1), struct.pack("<HH", rng.integers(1, 9), 0) * 6
+    entries = [turned, *(wild_entry(rng) for _ in range(rng.integers(1, 6)))]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    first = len(head) + 12 * len(entries) + 4
+    places = [struct.pack("<I", first + 24 * i) for i in range(len(entries))]
+    listed = entries[0][0] + turned[1][:4]
+    listed += b"".join(
+        entry + (place if rng.random() < 0.7 else rng.bytes(4))
+        for (entry, _), place in zip(entries[1:], places[1:], strict=True)
+    )
+    return b"Exif\0\0" + head + listed + bytes(4) + b"".join(pointed for _, pointed in entries)
+
+
+def test_a_whole_image_is_read_whatever_its_exif_holds(tmp_path):
+    rng = np.random.default_rng(0)
+    plain = save(tmp_path, Image.fromarray(RAMP), "plain.jpg")
+    shown = pixels(read_image(plain, 16))
+    stock_fails = 0
+    for _ in range(500):
+        path = save(tmp_path, Image.fromarray(RAMP), "a.jpg", exif=wild_exif(rng))
+        found = pixels(read_image(path, 16))
+        assert any((np.rot90(f, k) == shown).all() for f in (found, found[::-1]) for k in range(4))
+        try:
+            with Image.open(path) as image:
+                ImageOps.exif_transpose(image)
+        except Exception:
+            stock_fails += 1
+    assert stock_fails > 0
+
+
+def test_grey_of_12_bits_in_16_is_refused(tmp_path):
+    values = np.linspace(0, 4095, 64, dtype=np.uint16).reshape(8, 8)
+    path = save(tmp_path, Image.fromarray(values))
+    assert "greatest value is 4,095 of 65,535" in error(path)
+    assert (
+        pixels(read_image(save(tmp_path, Image.fromarray(values * 16)), 8))[-1, -1] == 255
+    ).all()
+    assert not pixels(read_image(save(tmp_path, Image.fromarray(values * 0)), 8)).any()
+
+
+def test_a_jpeg_with_a_hole_is_refused_and_a_black_one_is_not(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    path = save(tmp_path, Image.fromarray(noise), "a.jpg", quality=95)
+    assert read_image(path, 8).any()
+    data = bytearray(path.read_bytes())
+    data[8192 : 8192 + 4096] = bytes(4096)
+    path.write_bytes(data)
+    assert "nothing but zeros from byte 8,192 on" in error(path)
+    black = save(tmp_path, Image.new("RGB", (2000, 2000)), "b.jpg", optimize=True)
+    assert bytes(8192) in black.read_bytes()
+    assert not read_image(black, 8).any()
 
 
 def half(path):
@@ -217,6 +291,25 @@ def test_find_through_a_linked_folder(folder, frame, tmp_path):
     folder.images.rename(tmp_path / "elsewhere")
     folder.images.symlink_to(tmp_path / "elsewhere")
     assert len(find_images(folder.root, frame)) == 39
+
+
+def test_find_in_folders_below_and_by_names_with_hyphens_and_dots(folder):
+    names = ["site-1/scan.001", "site-1/2019/ISIC-x", "a.b-c_d", "site-1/scan.002"]
+    table = folder.root / "labels.csv"
+    columns = ",".join(DERMOSCOPY.attributes)
+    table.write_text(f"image,group,{columns}\n" + "".join(f"{n},,0,0,0,0,1,0\n" for n in names))
+    for name in names:
+        path = folder.images / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RAMP).save(path)
+    rows = read_annotations(folder.root, table=table).frame
+    assert list(rows["id"]) == sorted(names)
+    found = find_images(folder.root, rows)
+    assert [str(p.relative_to(folder.images)) for p in found] == [f"{n}.png" for n in sorted(names)]
+    (folder.images / "site-1").rename(folder.root.parent / "elsewhere")
+    (folder.images / "site-1").symlink_to(folder.root.parent / "elsewhere")
+    with pytest.raises(UserError, match=r"3 image\(s\) are links that lead out"):
+        find_images(folder.root, rows)
 
 
 def test_a_link_that_leaves_the_folder(folder, frame, tmp_path):

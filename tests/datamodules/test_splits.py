@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -100,6 +101,7 @@ def test_malformed_split_files(folder, tmp_path, changed, words):
 def test_missing_split_file_and_folder(folder, tmp_path):
     frame = read_annotations(folder.root).frame
     given = write_splits(tmp_path, train=folder.ids[:1], val=folder.ids[2:3])
+    Path(given, "._test.csv").write_bytes(b"\0\5\x16\7")
     with pytest.raises(UserError, match=r"holds no file \*test\*\.csv"):
         make_splits(frame, given)
     with pytest.raises(UserError, match=r"'lesion' or a folder .* there is no folder papr"):

@@ -56,6 +56,8 @@ def test_stem_and_line(tmp_path):
         ("image,hair\nISIC_1,1\nISIC_2\n", ["1 row(s)", "line 3 has 1", "2 cells", "cut off"]),
         ("image,hair\nISIC_1,1,0\n", ["line 2 has 3"]),
         ("image,hair\nISIC_1,1\nISIC_2,1\nISIC_1.png,1\n", ["1 image id", "ISIC_1 in lines 2, 4"]),
+        ("image,hair,hair\nISIC_1,1,0\n", ["several columns named hair", "Rename or remove"]),
+        ("image,image,hair\nISIC_1,ISIC_2,0\n", ["several columns named image"]),
         ("image,hair\nISIC_1,1\nISIC_1_downsampled,1\n", ["ISIC_1 in lines 2, 3", "_downsampled"]),
     ],
 )
@@ -66,7 +68,24 @@ def test_malformed_tables(tmp_path, content, words):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../etc/passwd", "/etc/passwd", "a b", "", ".png", "_downsampled", "é", "A" * 300, "C:\\x"],
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a b",
+        "",
+        ".png",
+        "_downsampled",
+        "é",
+        "A" * 300,
+        "C:\\x",
+        "a/../b",
+        "a//b",
+        "a/.b",
+        ".a",
+        "-a",
+        "a/",
+        "a\\b",
+    ],
 )
 def test_malformed_ids(tmp_path, name):
     message = error(write(tmp_path, f"image,hair\nISIC_1,1\n{name},1\n"), "hair")
