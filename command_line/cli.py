@@ -1,5 +1,6 @@
 """The commands `fit`, `validate`, `test`, `predict` and `describe`, by LightningCLI."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import ActionConfigFile
-from lightning.pytorch.accelerators import CPUAccelerator
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,6 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from rl4med_ddpo import callbacks
 from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
+from rl4med_ddpo.command_line.trainer_options import (
+    require_results,
+    require_support,
+    require_training,
+)
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.fault_tolerance.checkpoint_io import DurableCheckpointIO
 from rl4med_ddpo.fault_tolerance.ending import at_epoch_end
@@ -93,12 +98,7 @@ class Trainer(L.Trainer):
             ckpt_path: `last` resumes from the run folder's newest whole checkpoint if there is
                 one; null starts from scratch.
         """
-        limits = ("max_epochs", "max_steps", "limit_train_batches")
-        if nothing := [f"trainer.{limit}" for limit in limits if getattr(self, limit) == 0]:
-            raise UserError(
-                f"{' and '.join(nothing)} = 0 trains nothing, and fit would leave an untrained "
-                "model. Give at least 1; to score what is there, take validate or test"
-            )
+        require_training(self, model)
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
         if trial(self):
             # Lightning would still write last.ckpt
@@ -271,7 +271,10 @@ class CommandLine(LightningCLI):
         return self
 
     def before_instantiate_classes(self) -> None:
-        """Claim the run folder while nothing is built yet."""
+        """Expand `~` in all paths, and claim the run folder while nothing is built yet."""
+        options = self.config[self.subcommand]
+        for name, value in list(options.items()):
+            options[name] = _expanded(value)
         if self.subcommand != "describe" and first_rank() == 0:
             root = self._get(self.config, "trainer").default_root_dir
             if root is None:
@@ -284,21 +287,17 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give every run what keeps its work, and a progress bar that moves inside a step."""
+        options = self._get(self.config_init, "trainer")
+        require_results(options)
         always: list[L.Callback] = [LoggerResume(), Preflight()]
-        if self._get(self.config_init, "trainer").enable_progress_bar is not False:
+        if options.enable_progress_bar is not False:
             always.append(callbacks.InnerProgressBar())
         self.trainer_defaults = {"callbacks": always}
-        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = options.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         trainer = super().instantiate_trainer(plugins=[*plugins, DurableCheckpointIO()], **kwargs)
         assert isinstance(trainer, Trainer)
-        precision = str(self._get(self.config_init, "trainer").precision)
-        if precision.startswith("16") and isinstance(trainer.accelerator, CPUAccelerator):
-            # Lightning would take another one in its place
-            raise UserError(
-                f"precision {precision} needs a GPU, and this run is on the CPU. Allowed here are "
-                "32-true and bf16-mixed: --trainer.precision 32-true"
-            )
+        require_support(trainer, options)
         for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
             if timer._interval == Interval.step:
                 rank_zero_info("max_time is checked after each epoch: so a resume is exact")
@@ -315,13 +314,25 @@ class CommandLine(LightningCLI):
     def _instantiate_trainer(
         self, config: dict[str, Any], callbacks: list[L.Callback]
     ) -> L.Trainer:
-        """Leave out the newest checkpoint where none is wanted, or where the run keeps its own."""
+        """Leave out the newest checkpoint where the run has its own, and all if none is wanted."""
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
-        keeps = any(isinstance(c, ModelCheckpoint) and c.monitor is None for c in own)
-        if keeps or config["enable_checkpointing"] is False:
+        without = config["enable_checkpointing"] is False
+        if without or any(isinstance(c, ModelCheckpoint) and c.monitor is None for c in own):
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+        if without:
+            config["callbacks"] = [c for c in own if not isinstance(c, ModelCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's values: Lightning would replace them by the checkpoint's."""
+
+
+def _expanded(value: Any) -> Any:
+    """Put the home folder in place of `~` where a text begins with it, in nested options too."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, dict | Namespace):
+        for name, inner in list(value.items()):
+            value[name] = _expanded(inner)
+    return [_expanded(inner) for inner in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -31,8 +32,8 @@ EXPECTED = (
     "torch.distributed.nn.functional.all_gather is deprecated",
 )
 REMEDIES = {
-    MisconfigurationException: "\n  It is one of the trainer's options, or this machine lacks what "
-    "they ask for: --trainer.accelerator auto takes what there is",
+    MisconfigurationException: "\n  Said by Lightning, of its trainer's options; "
+    "--trainer.accelerator auto takes what this machine has",
     ModuleNotFoundError: "\n  Install what is missing, or leave out what asks for it",
 }
 for message in EXPECTED:
@@ -45,6 +46,9 @@ def main(args: list[str] | None = None) -> CommandLine | Path:
     """Run the command line; `args` replaces `sys.argv[1:]`."""
     given = sys.argv[1:] if args is None else args
     _refuse_former_variable()
+    if os.getcwd() not in sys.path:
+        # own rewards, callbacks and modules in files beside the run
+        sys.path.append(os.getcwd())
     if given and given[0] == "report":
         asked = report_parser(prog="rl4med-ddpo report").parse_args(given[1:])
         written = report(run_folders(asked.runs), asked.output)
@@ -57,6 +61,8 @@ def main(args: list[str] | None = None) -> CommandLine | Path:
     except Exception as error:
         # the parser wraps what a constructor raises
         cause = _cause(error, UserError) or _cause(error, (MisconfigurationException, ImportError))
+        if cause is None and isinstance(error, ValueError) and _raised_by_lightning(error):
+            cause = MisconfigurationException(str(error).strip())
         if cause is None or (cause is error and isinstance(error, UserError)):
             raise
         raise UserError(f"{cause}{REMEDIES.get(type(cause), '')}") from error
@@ -105,6 +111,12 @@ def _cause(
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Tell whether it is Lightning's code that refused something, not what it calls."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(L.__file__).parent)
 
 
 def user_message(error: UserError) -> str:

@@ -1,7 +1,9 @@
 """Read the command line: find configurations, and answer a mistake in one message."""
 
 import difflib
+import importlib
 import inspect
+import os
 import pydoc
 import re
 from collections.abc import Iterable
@@ -45,6 +47,7 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, config: Any, value: Any, option: str | None = None) -> None:
         """Apply the file named by `value`."""
+        value = os.path.expanduser(value) if isinstance(value, str) else value
         if isinstance(value, str) and not Path(value).exists():
             if value not in _shipped():
                 near = difflib.get_close_matches(value, _shipped(), n=1)
@@ -103,7 +106,25 @@ def _explained(message: str) -> str | None:
         near = difflib.get_close_matches(root, ["trainer", "model", "data"], n=1) or [root]
         known = trainer | {".".join([*near, *rest]), "config", "ckpt_path", "seed_everything"}
         return _unknown("option", found[1], known - {found[1]})
-    return _wrong_value(message)
+    return _unloadable(message) or _wrong_value(message)
+
+
+def _unloadable(message: str) -> str | None:
+    """Say why a class named by module and name cannot be had, as one's own beside the run."""
+    for path in reversed(re.findall(r"(?:class_path |val=)'([\w.]+\.\w+)'", message)):
+        module, _, name = path.rpartition(".")
+        try:
+            found = vars(importlib.import_module(module))
+        # a module of the user's raises what it likes
+        except Exception as error:
+            return (
+                f"{path} cannot be loaded: {error}. The module {module} is looked for in the "
+                f"working directory, {os.getcwd()}, and among the installed packages"
+            )
+        if name not in found:
+            classes = {key for key, value in found.items() if isinstance(value, type)}
+            return _unknown(f"class in {module}", name, classes)
+    return None
 
 
 def _wrong_value(message: str) -> str | None:

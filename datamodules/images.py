@@ -175,7 +175,7 @@ def _refuse_hole(path: Path, image: Image.Image) -> None:
     with path.open("rb") as file:
         pages = iter(partial(file.read, PAGE), b"")
         hole = next((PAGE * number for number, page in enumerate(pages) if page == ZEROS), None)
-    if hole is not None and any(low != high for low, high in image.convert("RGB").getextrema()):
+    if hole is not None and np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).any():
         raise UserError(
             f"the image {path} has a hole: nothing but zeros from byte {hole:,} on, for at least "
             f"{PAGE:,} bytes.\n  A download or a copy that was cut leaves that. Get the file again."

@@ -30,6 +30,7 @@ from rl4med_ddpo.datamodules.splits import Splits, make_splits
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import key_of
+from rl4med_ddpo.foundation.trainer import Trainer
 
 Item = dict[str, Tensor | str | int]
 
@@ -71,6 +72,9 @@ class ISICDataModule(LightningDataModule):
         extra: Images to add to the training split (Table 4); null for none.
         seed: Of the order, flips and distortions of the training images, with the epoch.
     """
+
+    # narrower than Lightning declares it
+    trainer: Trainer | None
 
     def __init__(
         self,
@@ -226,6 +230,9 @@ class ISICDataModule(LightningDataModule):
         if self.trainer is None:
             sampler = EpochSampler(self.train_set, self.seed, weights)
             return DataLoader(self.train_set, sampler=sampler, **self._options())
+        if self.trainer.overfit_batches:
+            # the same batches in every epoch, and no others
+            return DataLoader(self.train_set, **self._options())
         world_size, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = EpochSampler(self.train_set, self.seed, weights, world_size, rank)
         return TrainLoader(sampler, self._trained_batches, **self._options())

@@ -57,9 +57,9 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         shown = [f"{name[:100]!r} in line {line}" for line, name in malformed]
         raise UserError(
             f"{path}: {len(malformed):,} image id(s) are malformed: {name_few(shown)}.\n"
-            "  An id is made of at most 200 letters, digits, _, - and dots, like ISIC_0000000 or\n"
-            "  site-1/scan.001: the file's name, with the folders below the images' folder. No part\n"
-            "  of it begins with a dot or a hyphen.\n"
+            "  An id is the file's name, after the folders below the images' folder if there are\n"
+            "  any: like ISIC_0000000 or site-1/scan.001, at most 200 letters, digits, _, - and\n"
+            "  dots, and no part of it begins with a dot or a hyphen.\n"
             "  Nothing was opened under these names. Correct or remove the lines."
         )
     ids = [stem.removesuffix(DOWNSAMPLED) for stem in stems]

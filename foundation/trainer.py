@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from rl4med_ddpo.foundation.errors import UserError
+
 
 class Trainer(L.Trainer):
     """An `L.Trainer`, for annotations: names what Lightning sets and does not declare.
@@ -13,11 +15,29 @@ class Trainer(L.Trainer):
         callbacks: In the order in which their hooks run.
         datamodule: The data module of the run, None without one.
         fast_dev_run: Batches of a trial run, 0 in any other.
+        overfit_batches: Number or share of the batches that every epoch repeats; 0 for all.
     """
 
     callbacks: list[L.Callback]
     datamodule: Any
     fast_dev_run: int
+    overfit_batches: int | float
+
+
+ROUNDED = {
+    "16-true": "rounds log-probs and losses beyond use",
+    "bf16-true": "keeps the trained weights in 8 bits of precision, where a small step is lost",
+    "64-true": "is computed by no GPU's fast units, and the frozen networks are kept in float32",
+}
+"""Precisions that no stage trains or scores in, and why."""
+
+
+def require_precision(trainer: L.Trainer) -> None:
+    """Refuse precisions that keep the weights in another type than float32."""
+    if why := ROUNDED.get(trainer.precision):
+        raise UserError(
+            f"precision {trainer.precision} {why}: use --trainer.precision bf16-mixed or 32-true"
+        )
 
 
 def trial(trainer: L.Trainer) -> str | None:

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.randomness import generator, key
+from rl4med_ddpo.foundation.trainer import require_precision
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.lightning_modules.diffusion.reconstruction import (
     feature_loss,
@@ -64,6 +65,10 @@ class Autoencoder(L.LightningModule):
         # a value that is NaN shows as NaN
         self.psnr = MeanMetric(nan_strategy="disable")
         self.same_reading = MeanMetric(nan_strategy="disable")
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that changes the weights' type."""
+        require_precision(self.trainer)
 
     def configure_model(self) -> None:
         """Load the pipeline and the classifier; free the decoder alone."""

@@ -20,12 +20,13 @@ from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, require_precision
 from rl4med_ddpo.lightning_modules.networks.backbone import (
     WEIGHTS,
     build_backbone,
     check_backbone,
     pretrained_repo,
+    require_no_batch_of_one,
 )
 from rl4med_ddpo.lightning_modules.networks.pos_weight import (
     balanced_weights,
@@ -90,7 +91,7 @@ class AttributeClassifier(L.LightningModule):
         self.vocabulary = known
         self.attributes = known.attributes if attributes is None else tuple(attributes)
         self.columns = _columns(self.attributes, known)
-        check_backbone(backbone)
+        check_backbone(backbone, image_size)
         if not 0 <= warmup < 1:
             raise UserError(f"warmup is a share of the run in [0, 1), not {warmup}")
         self.backbone = backbone
@@ -111,7 +112,8 @@ class AttributeClassifier(L.LightningModule):
         self.mean_loss = MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
-        """Refuse data whose conditions mean something else."""
+        """Refuse data whose conditions mean something else, and what rounds the weights."""
+        require_precision(self.trainer)
         data = getattr(self.trainer.datamodule, "vocabulary", self.vocabulary)
         require_same_attributes(data, {"the classifier": self.vocabulary})
 
@@ -141,7 +143,7 @@ class AttributeClassifier(L.LightningModule):
         # here Lightning makes the GPU the default device, and it moves the networks later
         with torch.device("cpu"):
             self.network = build_backbone(
-                self.backbone, pretrained, len(self.attributes), self.dropout
+                self.backbone, pretrained, len(self.attributes), self.dropout, self.image_size
             )
             config = resolve_model_data_config(self.network)
             self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
@@ -197,8 +199,9 @@ class AttributeClassifier(L.LightningModule):
         return (images - self.mean) / self.std
 
     def on_train_start(self) -> None:
-        """Count the train split for `pos_weight: balanced`."""
+        """Count the train split for `pos_weight: balanced`; refuse batches of a single image."""
         self.trained = True
+        require_no_batch_of_one(self.network, self.trainer.train_dataloader)
         if self.pos_weight == "balanced":
             counts = train_conditions(self.trainer.train_dataloader)[:, self.columns]
             self.positive_weight.copy_(balanced_weights(counts, self.attributes))

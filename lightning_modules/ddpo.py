@@ -55,7 +55,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.options import (
     clip_pair,
     require_groups,
     require_options,
-    require_precision,
+    require_unscaled_gradients,
 )
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import (
     Pairs,
@@ -193,10 +193,11 @@ class DDPO(TextToImage):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what cannot work."""
+        super().setup(stage)
         require(self.prerequisites(stage))
         if stage != "fit":
             return
-        require_precision(self.trainer.precision)
+        require_unscaled_gradients(self.trainer.precision)
         if self.trained_from is not None and self.trained_from == self.hparams.policy:
             raise UserError(
                 f"policy={self.hparams.policy} was read outside of a trainer, to draw from: it is "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.progress import progress
-from rl4med_ddpo.foundation.trainer import Trainer
+from rl4med_ddpo.foundation.trainer import Trainer, require_precision
 from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
 from rl4med_ddpo.lightning_modules.diffusion.prompt_tokens import require_distinct
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
@@ -62,6 +62,10 @@ class TextToImage(L.LightningModule):
         module = super().load_from_checkpoint(checkpoint_path, weights_only=True, **known)
         module.trained_from = str(checkpoint_path)
         return module
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that changes the weights' type."""
+        require_precision(self.trainer)
 
     def configure_model(self) -> None:
         """Load the pipeline and take it apart; done once."""

@@ -16,8 +16,8 @@ from rl4med_ddpo.lightning_modules.pipelines.hub import from_cache_or_hub
 WEIGHTS = "model.safetensors"
 
 
-def check_backbone(name: str) -> None:
-    """Raise UserError if timm has no architecture of this name; offline, in no time."""
+def check_backbone(name: str, image_size: int) -> None:
+    """Raise UserError if timm has no architecture of this name, or none that reads this size."""
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=4)
         raise UserError(
@@ -26,8 +26,36 @@ def check_backbone(name: str) -> None:
             "  All names: python -c 'import timm; print(timm.list_models())'"
         )
 
+    options = size_options(name, image_size)
+    if not options:
+        return
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **options)(torch.zeros(2, 3, image_size, image_size))
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        own = _fixed_size(name)
+        raise UserError(
+            f"the backbone {name!r} does not read images of {image_size} x {image_size}: {error}\n"
+            f"  It is made for {own} x {own}: set image_size: {own}, or take a network for any "
+            "size, such as efficientnet_b0"
+        ) from error
 
-def build_backbone(name: str, pretrained: bool | str, outputs: int, dropout: float) -> nn.Module:
+
+def size_options(name: str, image_size: int) -> dict[str, Any]:
+    """Return what builds an architecture of a fixed input size for another one; {} for others."""
+    fixed = _fixed_size(name)
+    return {"img_size": image_size} if fixed and fixed != image_size else {}
+
+
+def _fixed_size(name: str) -> int | None:
+    """Return the one size in pixels that an architecture reads unless told otherwise, if any."""
+    config = timm.models.get_pretrained_cfg(name)
+    return config.input_size[-1] if config and config.fixed_input_size else None
+
+
+def build_backbone(
+    name: str, pretrained: bool | str, outputs: int, dropout: float, image_size: int
+) -> nn.Module:
     """Build a network with `outputs` logits on its own pooled features.
 
     Args:
@@ -36,11 +64,12 @@ def build_backbone(name: str, pretrained: bool | str, outputs: int, dropout: flo
             names, or False for random ones.
         outputs: Number of logits; this last layer is random in any case.
         dropout: Share of the pooled features dropped in training.
+        image_size: Side in pixels of the images that it will read.
 
     Raises:
         UserError: if the pretrained weights are not available, or are another architecture's.
     """
-    options = {"num_classes": outputs, "drop_rate": dropout}
+    options = {"num_classes": outputs, "drop_rate": dropout, **size_options(name, image_size)}
     if not pretrained:
         return timm.create_model(name, **options)
     if isinstance(pretrained, str):
@@ -93,4 +122,23 @@ def _pretrained_file(name: str) -> str:
         None,
         f"hf download {repo} {WEIGHTS}",
         "give a file of weights as `pretrained`, or train from scratch: `pretrained: false`",
+    )
+
+
+def require_no_batch_of_one(network: nn.Module, loader: Any) -> None:
+    """Refuse to train BatchNorm on a single image, whose values are their own mean.
+
+    Args:
+        network: The network.
+        loader: A DataLoader of this process's training images.
+    """
+    size, n = getattr(loader, "batch_size", None), len(getattr(loader, "sampler", ()))
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    if not size or not normalises or loader.drop_last or min(n, size, n % size or size) != 1:
+        return
+    sizes = [other for other in (size - 1, size + 1, size + 2) if other > 1 and n % other != 1]
+    raise UserError(
+        f"a batch of an epoch would hold a single image ({n:,} images a process, batch_size "
+        f"{size}), of which BatchNorm cannot take a mean: set --data.batch_size "
+        f"{' or '.join(map(str, sizes))}"
     )

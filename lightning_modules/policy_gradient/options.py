@@ -119,17 +119,10 @@ def _within(value: float | Literal["auto"], allowed: Range) -> bool:
     return above and (allowed.most is None or value <= allowed.most)
 
 
-REFUSED_PRECISIONS = {
-    "16-mixed": "scales the gradients before they are clipped, which would shrink every update",
-    "16-true": "rounds the log-probs beyond the clip range",
-    "bf16-true": "keeps the trained weights in 8 bits of precision, where a small step is lost",
-}
-
-
-def require_precision(precision: str) -> None:
-    """Refuse the precisions in which the updates would come out wrong."""
-    if precision in REFUSED_PRECISIONS:
+def require_unscaled_gradients(precision: str) -> None:
+    """Refuse the precision in which the updates, though not other training, come out wrong."""
+    if precision == "16-mixed":
         raise UserError(
-            f"precision {precision} {REFUSED_PRECISIONS[precision]}: use --trainer.precision "
-            "bf16-mixed or 32-true"
+            "precision 16-mixed scales the gradients before they are clipped, which would shrink "
+            "every update: use --trainer.precision bf16-mixed or 32-true"
         )

@@ -134,7 +134,7 @@ def test_a_bomb_as_adapters(tiny_pipeline, tmp_path, bomb, canary):
 
 def test_a_bomb_as_a_backbones_weights(bomb, canary):
     with pytest.raises(UserError, match=r"Needed is a \.safetensors file") as error:
-        build_backbone("test_resnet", str(bomb), outputs=4, dropout=0.0)
+        build_backbone("test_resnet", str(bomb), outputs=4, dropout=0.0, image_size=32)
     assert str(bomb) in str(error.value)
     assert not canary.exists()
 

@@ -209,6 +209,28 @@ def test_impossible_settings_are_refused_at_construction(options, message):
         AttributeClassifier(**TINY | options)
 
 
+def test_a_network_of_a_fixed_input_size_is_built_for_the_images():
+    module = AttributeClassifier(**TINY | {"backbone": "test_vit", "image_size": 64})
+    module.configure_model()
+    assert module(torch.rand(2, 3, 16, 16)).shape == (2, 6)
+    with pytest.raises(UserError, match="'test_vit' does not read images of 100 x 100"):
+        AttributeClassifier(**TINY | {"backbone": "test_vit", "image_size": 100})
+    with pytest.raises(UserError, match="set image_size: 240, or take a network for any size"):
+        AttributeClassifier(**TINY | {"backbone": "crossvit_9_240", "image_size": 96})
+
+
+@pytest.mark.parametrize(("size", "works"), [(31, "30 or 32 or 33"), (1, "3")])
+def test_batches_of_a_single_image_are_refused_for_batchnorm(tmp_path, size, works):
+    data = AttributeImageData(train=63, val=8, batch_size=size)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    with pytest.raises(UserError, match=f"63 images a process, batch_size {size}.* {works}"):
+        trainer.fit(AttributeClassifier(**TINY | {"image_size": 32}), datamodule=data)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    vit = AttributeClassifier(**TINY | {"backbone": "test_vit", "image_size": 32})
+    trainer.fit(vit, datamodule=AttributeImageData(train=1, val=8))
+    assert trainer.global_step == 1
+
+
 def test_a_run_without_an_end_has_no_schedule(tmp_path):
     with pytest.raises(UserError, match=r"trainer\.max_epochs"):
         quiet_trainer(tmp_path, max_epochs=-1).fit(
@@ -243,7 +265,9 @@ def test_pretrained_weights_come_from_the_hub_cache(tmp_path, monkeypatch):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     save_file(weights, repo / "snapshots" / commit / "model.safetensors")
-    network = build_backbone("test_efficientnet", pretrained=True, outputs=6, dropout=0.3)
+    network = build_backbone(
+        "test_efficientnet", pretrained=True, outputs=6, dropout=0.3, image_size=32
+    )
     assert network.classifier.out_features == 6
     for name, tensor in network.state_dict().items():
         if not name.startswith("classifier"):
@@ -306,4 +330,4 @@ def test_pretrained_weights_come_from_a_file(tmp_path):
         ("gone", "test_efficientnet", "cannot read the pretrained weights"),
     ]:
         with pytest.raises(UserError, match=says):
-            build_backbone(backbone, str(tmp_path / f"{file}.safetensors"), 6, 0.3)
+            build_backbone(backbone, str(tmp_path / f"{file}.safetensors"), 6, 0.3, 32)

@@ -59,8 +59,9 @@ def test_the_ratio_stays_within_the_clip_range(
     ("precision", "because"),
     [
         ("16-mixed", "scales the gradients before they are clipped"),
-        ("16-true", "rounds the log-probs"),
+        ("16-true", "rounds log-probs and losses"),
         ("bf16-true", "keeps the trained weights in 8 bits"),
+        ("64-true", "is computed by no GPU's fast units"),
     ],
 )
 def test_precisions_that_train_wrongly_are_refused(
