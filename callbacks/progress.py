@@ -1,7 +1,11 @@
 """A progress bar that moves inside a step of minutes."""
 
+import logging
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
@@ -9,6 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rl4med_ddpo.foundation.progress import progress
 
@@ -20,6 +25,23 @@ def steady(bar: Tqdm) -> Tqdm:
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = time.monotonic()
     return bar
+
+
+@contextmanager
+def above_bars() -> Iterator[None]:
+    """Write messages and warnings in lines above the bars, where they would break these."""
+
+    def shown(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:
+        name, line = place[:2]
+        Tqdm.write(warnings.formatwarning(message, category, name, line), file=sys.stderr, end="")
+
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before, warnings.showwarning = warnings.showwarning, shown
+    try:
+        with logging_redirect_tqdm(loggers, tqdm_class=Tqdm):
+            yield
+    finally:
+        warnings.showwarning = before
 
 
 class InnerProgressBar(TQDMProgressBar):
@@ -39,6 +61,8 @@ class InnerProgressBar(TQDMProgressBar):
         self._lines = False
         self._last_line = 0.0
         self._batch = ""
+        self._validated = False
+        self._through = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen to the run, on rank 0."""
@@ -49,6 +73,8 @@ class InnerProgressBar(TQDMProgressBar):
         self._last_line = time.monotonic()
         if self._lines:
             self.disable()
+        else:
+            self._through.enter_context(above_bars())
         progress.subscribe(self._report)
 
     def init_sanity_tqdm(self) -> Tqdm:
@@ -74,6 +100,7 @@ class InnerProgressBar(TQDMProgressBar):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more, and close the bars."""
         progress.unsubscribe(self._report)
+        self._through.close()
         for phase in list(self._inner):
             self._inner.pop(phase).close()
 
@@ -83,12 +110,27 @@ class InnerProgressBar(TQDMProgressBar):
         """Clean up as after a run that went well."""
         self.teardown(trainer, pl_module, "")
 
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Begin an epoch, which has not been validated yet."""
+        super().on_train_epoch_start(trainer)
+        self._validated = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the scores are those of this epoch."""
+        super().on_validation_end(trainer, pl_module)
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the epoch with its metrics."""
+        """Close the epoch with its metrics; those of a validation only if there was one."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._lines:
-            metrics = self.get_metrics(trainer, pl_module).items()
-            shown = [f"{k} {v:.4g}" for k, v in metrics if isinstance(v, int | float)]
+            metrics = {
+                name: value
+                for name, value in self.get_metrics(trainer, pl_module).items()
+                if isinstance(value, int | float)
+                and (self._validated or not name.startswith("val/"))
+            }
+            shown = [f"{name} {value:.4g}" for name, value in metrics.items()]
             self._line(", ".join([f"epoch {trainer.current_epoch + 1} done", *shown]))
 
     def on_test_batch_start(

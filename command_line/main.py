@@ -3,6 +3,7 @@
 And `rl4med-ddpo report RUN...` on what those left. `python run.py` is the same.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -26,7 +27,9 @@ EXPECTED = (
     # prompts are a few bytes, and small images are read in the process that trains
     "does not have many workers",
     # scores are gathered before they are logged: every rank logs the same
-    "recommended to use `self.log\\('(val|test)/(apr|reward)'",
+    "recommended to use `self.log\\('(val|test)/",
+    # shares that are as even as they can be, and repeats that are not counted
+    "Using `DistributedSampler` with the dataloaders",
     # of Lightning's own making, for Lightning to change
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "torch.distributed.nn.functional.all_gather is deprecated",
@@ -38,6 +41,9 @@ REMEDIES = {
 }
 for message in EXPECTED:
     warnings.filterwarnings("ignore", f".*{message}")
+for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    # an advertisement, in every run
+    logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 

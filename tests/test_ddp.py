@@ -42,6 +42,8 @@ def test_two_processes_train_the_weights_of_one(
     else:
         done = as_process(tmp_path, *parallel)
         assert done.returncode == 0, done.stderr
+        for misplaced in ("\r", "litlogger", "sync_dist", "DistributedSampler"):
+            assert misplaced not in done.stdout + done.stderr
     in_process(*args(one, "--trainer.devices=1"))
     ranks = [torch.load(two / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1)]
     alone = torch.load(one / "rank_0.pt", weights_only=True)

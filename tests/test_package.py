@@ -85,8 +85,12 @@ def test_an_installed_command_describes_and_trains_in_an_empty_folder(command, t
     said = run(
         *(command, tmp_path / "work", "fit", "--config=demo/sd.yaml", f"--data.root={data}"),
         *("--model.steps=2", "--data.batch_size=8", "--trainer.max_epochs=1"),
-        *("--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"),
+        "--trainer.limit_val_batches=1",
     )
     assert said.returncode == 0, said.stderr
+    log = said.stdout + said.stderr
+    assert "epoch 1 done, train/loss" in log
+    for misplaced in ("\r", "litlogger", "Tip:"):
+        assert misplaced not in log
     unet = Path("work/runs/demo/sd/pipeline/unet/diffusion_pytorch_model.safetensors")
     assert (tmp_path / unet).is_file()

@@ -1,12 +1,15 @@
 import io
 import itertools
+import logging
 import re
 import sys
 import time
+import warnings
 from copy import deepcopy
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.callbacks import progress as bars
@@ -87,6 +90,48 @@ def test_a_log_gets_one_line_an_epoch_with_the_metrics(tmp_path, monkeypatch, ca
     lines = [r.message for r in caplog.records if r.message.startswith("epoch")]
     assert lines == [f"epoch {i} done, reward/mean 0.25" for i in (1, 2, 3)]
     assert "\r" not in stdout.getvalue()
+
+
+def test_a_log_repeats_no_score_of_an_earlier_validation(tmp_path, monkeypatch, caplog):
+    class Validated(Policy):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/apr", 0.5, prog_bar=True)
+
+    trainer = quiet_trainer(
+        tmp_path, InnerProgressBar(), enable_progress_bar=True, max_epochs=3,
+        check_val_every_n_epoch=2,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        trainer.fit(Validated(), loader(), loader())
+    lines = [r.message for r in caplog.records if r.message.startswith("epoch")]
+    assert ["val/apr 0.5" in line for line in lines] == [False, True, False]
+
+
+def test_messages_and_warnings_stand_above_the_bars(tmp_path, monkeypatch):
+    class Talking(Policy):
+        def training_step(self, batch, batch_idx):
+            progress.report("rollout", 1, 5)
+            rank_zero_info("what is to be done")
+            warnings.warn("what is wrong", stacklevel=1)
+
+    screen = Terminal()
+    logger = logging.getLogger("lightning.pytorch")
+    handler = logging.StreamHandler(screen)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(sys, "stderr", screen)
+    # logging_redirect_tqdm takes the handlers that write to the console
+    handler.setStream(screen)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", warnings._showwarning_orig)
+        fit(tmp_path, monkeypatch, screen, Talking(), max_epochs=1)
+    monkeypatch.setattr(warnings, "showwarning", before)
+    for text in ("what is to be done", "what is wrong"):
+        line, *_ = [line for line in screen.getvalue().splitlines() if text in line]
+        ahead = line.rpartition("\r")[2].partition(text)[0]
+        assert "|" not in ahead, "on the line of a bar"
 
 
 def test_a_log_of_a_long_step_gets_a_line_now_and_then(tmp_path, monkeypatch, caplog):
