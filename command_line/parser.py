@@ -111,7 +111,9 @@ def _explained(message: str) -> str | None:
 
 def _unloadable(message: str) -> str | None:
     """Say why a class named by module and name cannot be had, as one's own beside the run."""
-    for path in reversed(re.findall(r"(?:class_path |val=)'([\w.]+\.\w+)'", message)):
+    named = re.findall(r"(?:class_path |a path but )'?([\w.]+\.\w+)(?:'| either)", message)
+    nested = re.findall(r"NestedArg\(key='(\w+)', val='([\w.]+\.\w+)'", message)
+    for path in [*(value for key, value in nested if key in KINDS), *reversed(named)]:
         module, _, name = path.rpartition(".")
         try:
             found = vars(importlib.import_module(module))
@@ -137,9 +139,10 @@ def _wrong_value(message: str) -> str | None:
     value, kind = plain[0], option.rpartition(".")[2]
     if kind == "seed" and value == "True":
         return "--seed_everything is true; a run is repeated by its number: give one, such as 42"
-    if allowed := _allowed(message):
+    a_class = "dot import path" in message
+    if not (a_class and kind in KINDS) and (allowed := _allowed(message)):
         return f"--{option} is {value}; allowed: {' or '.join(allowed)}"
-    if "dot import path" in message:
+    if a_class:
         return _unknown("class", value, _subclasses(KINDS.get(kind, object)), of=f"--{option}")
     return None
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import yaml
@@ -6,7 +8,7 @@ from rl4med_ddpo.command_line.main import user_message
 from rl4med_ddpo.command_line.parser import CONFIGS
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
-from support.command_line import ROOT, as_process, ddpo, in_process
+from support.command_line import ROOT, as_process, classifier, ddpo, in_process
 from support.dermoscopy import PROMPTS
 
 
@@ -81,12 +83,103 @@ def test_values_follow_each_other_and_the_command_line_comes_last(capsys, tmp_pa
         (["--model.steps=many"], ["steps", "many"]),
         (["--model.baseline=groups"], ["baseline", "groups", "window"]),
         (["--config=ddpoo.yaml"], ["ddpoo.yaml", "ddpo.yaml", "classifier.yaml", "demo/sd.yaml"]),
+        (["--config=ddpo.yml"], ["no configuration ddpo.yml", "Did you mean ddpo.yaml?"]),
+        (["--model.optimizer.lr=1e-5x"], ["--model.optimizer.lr is 1e-5x", "a number"]),
+        (["--model.optimizer=Adamm"], ["no class named Adamm", "Did you mean Adam?"]),
+        (["--model.optimizer=torch.optim.Adamm"], ["torch.optim named Adamm", "Did you mean Adam"]),
+        (["--trainer.callbacks+=LearningRateMonitr"], ["Did you mean LearningRateMonitor?"]),
+        (["--trainer.logger=CSVLoger"], ["Did you mean CSVLogger?"]),
+        (["--model.reward=Brightnes"], ["--model.reward", "Did you mean Brightness?"]),
+        (["--model.train=loro"], ["--model.train is loro; allowed: one of lora, full"]),
+        (["--model.eta=true"], ["--model.eta is True; allowed: a number"]),
+        (["--seed_everything=true"], ["a run is repeated by its number"]),
     ],
 )
 def test_a_typing_mistake_gets_one_message_with_the_near_name(capsys, args, says):
     error = refused(capsys, "fit", "--config=ddpo.yaml", *args)
     assert "Traceback" not in error
     for part in says:
+        assert part in error
+
+
+OWN = """
+from rl4med_ddpo.lightning_modules.rewards import Reward, Rewards
+
+
+class Mine(Reward):
+    def forward(self, images, conditions):
+        return Rewards(images.mean(dim=(1, 2, 3)), {})
+"""
+
+
+def test_code_beside_the_run_is_found_and_its_mistakes_are_named(
+    capsys, tmp_path, tiny_pipeline, tiny_classifiers, monkeypatch
+):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own_module.py").write_text(OWN)
+    (tmp_path / "broken_module.py").write_text("def f(:")
+    for name, says in {
+        "own_module.Mien": "no class in own_module named Mien. Did you mean Mine?",
+        "broken_module.X": "broken_module.X cannot be loaded: invalid syntax",
+        "no_module.X": f"is looked for in the working directory, {tmp_path}",
+    }.items():
+        for option in (f"--model.reward={name}", f"--trainer.callbacks+={name}"):
+            assert says in refused(capsys, "fit", "--config=ddpo.yaml", option)
+    args = ddpo(tmp_path / "run", tiny_pipeline, tiny_classifiers, "--model.reward=own_module.Mine")
+    args = [arg for arg in args if "reward.classifier" not in arg]
+    cli = in_process(*args, "--model.steps=2", "--trainer.max_epochs=1")
+    assert type(cli.model.reward).__name__ == "Mine"
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(isic, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "isic").symlink_to(isic)
+    (tmp_path / "own.yaml").write_text("model: {init_args: {image_size: 32}}")
+    in_process(
+        *classifier("~/runs/here", "~/isic", "--data.copies=~/copies", "--config=~/own.yaml"),
+        "--trainer.max_epochs=1", "--trainer.limit_train_batches=1",
+        "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=~/kept",
+    )  # fmt: skip
+    for made in ("runs/here/checkpoints", "runs/here/tensorboard", "copies", "kept"):
+        assert any((tmp_path / made).iterdir()), made
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "says"),
+    [
+        ("ddpo.yaml", "--data.samples_per_epoch=250", "Nearest that works: 224 and 256"),
+        ("ddpo.yaml", "--model.eta=2", "allowed is (0, 1]; try --model.eta 1"),
+        ("ddpo.yaml", "--model.lora_rank=0", "allowed is at least 1; try --model.lora_rank 4"),
+        ("ddpo.yaml", "--data.vocabulary.any_of=[]", "needs at least one attribute"),
+        ("sd.yaml", "--model.caption_dropout=1", "allowed are 0 to below 1"),
+        ("sd.yaml", "--data.threshold=2", "threshold in [0, 1)"),
+        ("classifier.yaml", "--model.backbone=efficientnet_b00", "efficientnet_b0"),
+        ("classifier.yaml", "--model.warmup=1", "a share of the run in [0, 1)"),
+        ("base/autoencoder.yaml", "--model.layers=0", "at least one layer"),
+        ("sd.yaml", "--watchdog.silence=0", "silence"),
+        ("classifier.yaml", "--trainer.max_epochs=-2", "max_epochs"),
+    ],
+)
+def test_what_a_constructor_refuses_arrives_as_its_one_message(name, option, says):
+    with pytest.raises(UserError) as error:
+        in_process("fit", f"--config={name}", option)
+    message = str(error.value)
+    assert says in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 8
+
+
+def test_a_damaged_configuration_is_named(capsys, tmp_path):
+    for content in ("model: [1", "- a\n- b", "\0"):
+        (tmp_path / "broken.yaml").write_text(content)
+        error = refused(capsys, "fit", "--config=broken.yaml")
+        assert "the configuration broken.yaml cannot be read: " in error
+
+
+def test_a_command_without_its_configuration_says_which_there_are(capsys):
+    error = refused(capsys, "fit")
+    for part in ("fit needs a configuration: --config NAME", "ddpo.yaml", "demo/sd.yaml"):
         assert part in error
 
 
@@ -101,7 +194,7 @@ def test_the_help_lists_every_command(capsys):
 
 def test_an_unknown_command_gets_the_known_ones(capsys):
     error = refused(capsys, "fitt", "--config=ddpo.yaml")
-    for part in ("fitt", "fit", "validate", "test", "predict", "describe"):
+    for part in ("fitt. Did you mean fit?", "validate", "test", "predict", "describe", "report"):
         assert part in error
 
 
