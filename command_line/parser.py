@@ -80,6 +80,16 @@ class Parser(LightningArgumentParser):
         """Parse a configuration; class names of before 0.2 still mean the same classes."""
         return super().parse_string(with_current_names(content), *args, **kwargs)
 
+    def _check_value_key(self, action: Any, value: Any, *args: Any, **options: Any) -> Any:
+        """Check a value; a reference is checked once it is resolved.
+
+        jsonargparse would drop it, without a word, when a command names another class for the
+        options of a configuration.
+        """
+        if isinstance(value, str) and "${" in value:
+            return value
+        return super()._check_value_key(action, value, *args, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with code 2."""
         if not self.exit_on_error:

@@ -57,9 +57,9 @@ def test_a_run_without_a_folder_is_refused(tmp_path, tiny_pipeline, tiny_classif
 
 
 def built(tmp_path, pipeline, classifiers, *args):
-    """The trainer of a command that ends before its first batch."""
-    given = ddpo(tmp_path / "run", pipeline, classifiers)
-    return in_process(*given, *args, "--trainer.max_epochs=0").trainer
+    """The trainer of a short command."""
+    _, *given = ddpo(tmp_path / "run", pipeline, classifiers, "--model.steps=1")
+    return in_process("validate", *given, *args, "--model.policy=null", "--ckpt_path=null").trainer
 
 
 def newest(trainer):

@@ -72,6 +72,23 @@ def test_values_follow_each_other_and_the_command_line_comes_last(capsys, tmp_pa
     assert "there/policy" in saved
 
 
+def test_another_class_keeps_what_the_configuration_refers_to(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own_data.py").write_text(
+        "from rl4med_ddpo.datamodules import ISICPromptDataModule\n"
+        "class Own(ISICPromptDataModule):\n    pass\n"
+    )
+    config = printed(
+        capsys, "fit", "--config=ddpo.yaml", "--model=OnePassDDPO", "--data=own_data.Own",
+        "--seed_everything=7", "--model.sample_batch=3",
+    )  # fmt: skip
+    model, data = config["model"], config["data"]
+    assert model["class_path"].endswith("OnePassDDPO")
+    assert data["class_path"] == "own_data.Own"
+    assert model["init_args"]["seed"] == data["init_args"]["seed"] == 7
+    assert data["init_args"]["predict_batch_size"] == 3
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
