@@ -34,6 +34,19 @@ def ended(trainer: L.Trainer, callback_settings: dict[str, Any]) -> dict[str, An
     return {"why": why.rstrip("."), "by": by, "settings": mine}
 
 
+def keep_patience(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let the patience that was given now count: EarlyStopping would take the checkpoint's.
+
+    Args:
+        trainer: Of the resumed run.
+        checkpoint: Loaded, not yet restored; changed in place.
+    """
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.early_stopping_callbacks:
+        if callback.state_key in states and "patience" in states[callback.state_key]:
+            states[callback.state_key]["patience"] = callback.patience
+
+
 def stops_within_epoch(trainer: L.Trainer) -> bool:
     """Tell whether a state of `on_train_epoch_end` is that of an epoch with batches left."""
     loop = trainer.fit_loop

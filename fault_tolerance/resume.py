@@ -9,7 +9,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from rl4med_ddpo.fault_tolerance.ending import ended, stops_within_epoch, within_epoch
+from rl4med_ddpo.fault_tolerance.ending import (
+    ended,
+    keep_patience,
+    stops_within_epoch,
+    within_epoch,
+)
 from rl4med_ddpo.fault_tolerance.logger_resume import reopen, versions
 from rl4med_ddpo.fault_tolerance.moved_run import follow_move
 from rl4med_ddpo.fault_tolerance.recovery import Found, newest_whole
@@ -115,9 +120,10 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the state of the checkpoint callbacks follow a run folder that was moved."""
+        """Let the callbacks' state follow a moved run folder, and the options given now."""
         self.loaded = checkpoint
         follow_move(trainer, checkpoint)
+        keep_patience(trainer, checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what was fetched, and the optimizers' settings before they are replaced."""

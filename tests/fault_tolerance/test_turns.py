@@ -207,8 +207,8 @@ def test_a_run_that_a_callback_ended_has_ended(commands, tmp_path, monkeypatch, 
     assert cli.trainer.global_step == 12
     for part in ("nothing was trained now", "val/loss", "change the options of EarlyStopping"):
         assert part in caplog.text
-    longer = with_early_stopping(tmp_path, patience=2)
-    assert fit(longer).trainer.current_epoch == 3
+    longer = with_early_stopping(tmp_path, patience=3)
+    assert fit(longer).trainer.current_epoch == 4
 
 
 def test_a_run_whose_time_is_used_up_has_ended(commands, tmp_path, monkeypatch, caplog):
