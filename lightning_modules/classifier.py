@@ -23,10 +23,10 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.trainer import Trainer, require_precision
 from rl4med_ddpo.lightning_modules.networks.backbone import (
     WEIGHTS,
+    batch_statistics,
     build_backbone,
     check_backbone,
     pretrained_repo,
-    require_no_batch_of_one,
 )
 from rl4med_ddpo.lightning_modules.networks.pos_weight import (
     balanced_weights,
@@ -199,16 +199,16 @@ class AttributeClassifier(L.LightningModule):
         return (images - self.mean) / self.std
 
     def on_train_start(self) -> None:
-        """Count the train split for `pos_weight: balanced`; refuse batches of a single image."""
+        """Count the train split for `pos_weight: balanced`."""
         self.trained = True
-        require_no_batch_of_one(self.network, self.trainer.train_dataloader)
         if self.pos_weight == "balanced":
             counts = train_conditions(self.trainer.train_dataloader)[:, self.columns]
             self.positive_weight.copy_(balanced_weights(counts, self.attributes))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        loss = self._losses(self(batch["image"]), self.targets(batch)).mean()
+        with batch_statistics(self.network, len(batch["image"])):
+            loss = self._losses(self(batch["image"]), self.targets(batch)).mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])
         return loss

@@ -1,5 +1,7 @@
 """Image classification networks of timm, with or without their pretrained weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -125,20 +127,20 @@ def _pretrained_file(name: str) -> str:
     )
 
 
-def require_no_batch_of_one(network: nn.Module, loader: Any) -> None:
-    """Refuse to train BatchNorm on a single image, whose values are their own mean.
+@contextmanager
+def batch_statistics(network: nn.Module, images: int) -> Iterator[None]:
+    """Train on a batch; one of a single image, which is its own mean, is normalised by the running.
 
     Args:
-        network: The network.
-        loader: A DataLoader of this process's training images.
+        network: In training mode.
+        images: Number of images in the batch.
     """
-    size, n = getattr(loader, "batch_size", None), len(getattr(loader, "sampler", ()))
-    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
-    if not size or not normalises or loader.drop_last or min(n, size, n % size or size) != 1:
-        return
-    sizes = [other for other in (size - 1, size + 1, size + 2) if other > 1 and n % other != 1]
-    raise UserError(
-        f"a batch of an epoch would hold a single image ({n:,} images a process, batch_size "
-        f"{size}), of which BatchNorm cannot take a mean: set --data.batch_size "
-        f"{' or '.join(map(str, sizes))}"
-    )
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in network.modules() if isinstance(m, kinds) and m.training]
+    for norm in norms if images == 1 else ():
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()

@@ -163,7 +163,7 @@ def test_a_fresh_process_elsewhere_goes_on_bit_for_bit(
 
     def arguments(folder):
         return [
-            *ddpo(folder, tiny_pipeline, tiny_classifiers),
+            *ddpo(folder, tiny_pipeline, tiny_classifiers, grids=True),
             *("--data.samples_per_epoch=8", "--data.validation_samples_per_prompt=0"),
             *("--model.steps=2", "--trainer.max_epochs=2"),
         ]

@@ -26,7 +26,7 @@ def commands(tiny_pipeline, tiny_classifiers, tmp_path_factory):
     return {
         "classifier": lambda folder: classifier(folder, isic),
         "sd": lambda folder: fine_tuning(folder, tiny_pipeline, isic),
-        "ddpo": lambda folder: ddpo(folder, tiny_pipeline, tiny_classifiers, *FEW),
+        "ddpo": lambda folder: ddpo(folder, tiny_pipeline, tiny_classifiers, *FEW, grids=True),
     }
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
+from torch import nn
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
@@ -219,16 +220,25 @@ def test_a_network_of_a_fixed_input_size_is_built_for_the_images():
         AttributeClassifier(**TINY | {"backbone": "crossvit_9_240", "image_size": 96})
 
 
-@pytest.mark.parametrize(("size", "works"), [(31, "30 or 32 or 33"), (1, "3")])
-def test_batches_of_a_single_image_are_refused_for_batchnorm(tmp_path, size, works):
+@pytest.mark.parametrize("size", [31, 1])
+def test_a_batch_of_a_single_image_is_normalised_by_the_running_means(tmp_path, size):
     data = AttributeImageData(train=63, val=8, batch_size=size)
-    trainer = quiet_trainer(tmp_path, max_epochs=1)
-    with pytest.raises(UserError, match=f"63 images a process, batch_size {size}.* {works}"):
-        trainer.fit(AttributeClassifier(**TINY | {"image_size": 32}), datamodule=data)
-    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
-    vit = AttributeClassifier(**TINY | {"backbone": "test_vit", "image_size": 32})
-    trainer.fit(vit, datamodule=AttributeImageData(train=1, val=8))
-    assert trainer.global_step == 1
+    module = AttributeClassifier(**TINY | {"image_size": 32})
+    seen = []
+    forward = module.forward
+
+    def recorded(images):
+        norm = next(m for m in module.network.modules() if isinstance(m, nn.BatchNorm2d))
+        seen.append((len(images), module.training, norm.training))
+        return forward(images)
+
+    module.forward = recorded
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_val_batches=1)
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    trained = {(n, by_batch) for n, training, by_batch in seen if training}
+    assert trained == ({(31, True), (1, False)} if size == 31 else {(1, False)})
+    assert all(m.training for m in module.network.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_a_run_without_an_end_has_no_schedule(tmp_path):

@@ -105,41 +105,48 @@ def write_arm(root, arm, seed, skill, luck):
     table.to_csv(run / "results" / "predictions.csv", index=False)
 
 
-@pytest.fixture
-def runs(data, tmp_path):
-    write_samples(tmp_path / "sd", "SD", manifest(0, 0.6), data)
-    write_samples(tmp_path / "ddpo", "SD+RL", manifest(1, 0.97), data)
+def finished(folder, data):
+    """Write what the stages leave."""
+    write_samples(folder / "sd", "SD", manifest(0, 0.6), data)
+    write_samples(folder / "ddpo", "SD+RL", manifest(1, 0.97), data)
     arms = (("real", 1, 0), ("oversampling", 1, 5), ("classical", 1, 7), ("sd", 1, 9))
     for arm, skill, luck in (*arms, ("sd_rl", 4, 0)):
         for seed in range(3):
-            write_arm(tmp_path, arm, seed, skill, luck + seed)
-    return tmp_path
+            write_arm(folder, arm, seed, skill, luck + seed)
+    return folder
 
 
-def test_runs_that_were_moved_are_reported(runs, tmp_path):
-    moved = runs.rename(tmp_path.with_name(f"{tmp_path.name}_moved"))
+@pytest.fixture
+def runs(data, tmp_path):
+    return finished(tmp_path, data)
+
+
+@pytest.fixture(scope="module")
+def reported(data, tmp_path_factory):
+    """Runs that were moved after they had finished, and reported in their new place."""
+    made = finished(tmp_path_factory.mktemp("made"), data)
+    moved = made.rename(made.with_name("moved"))
     main(["report", str(moved)])
-    assert "Figure 1" in (moved / "report" / "report.md").read_text()
-    with Image.open(moved / "report" / "figure_1.png") as image:
-        assert min(image.size) > 150
+    return moved
 
 
-def test_all_tables_and_figures_come_out_of_finished_runs(runs):
-    main(["report", str(runs)])
-    made = {path.name for path in (runs / "report").iterdir()}
+def test_all_tables_and_figures_come_out_of_finished_runs_that_were_moved(reported):
+    made = {path.name for path in (reported / "report").iterdir()}
+    page = (reported / "report" / "report.md").read_text()
     for table in ("table_1", "table_2", "table_3", "table_4", "subgroups"):
         assert {f"{table}.md", f"{table}.csv", f"{table}.tex"} <= made
     for figure in ("figure_1.png", "figure_3.png", "figure_4.png", "leakage.png"):
-        with Image.open(runs / "report" / figure) as image:
+        with Image.open(reported / "report" / figure) as image:
             assert min(image.size) > 150
-        assert figure in (runs / "report" / "report.md").read_text()
-    assert list((runs / "report" / "tensorboard").glob("events*"))
-    assert "missing" not in (runs / "report" / "report.md").read_text()
+        assert figure in page
+    assert list((reported / "report" / "tensorboard").glob("events*"))
+    assert "Figure 1" in page
+    assert "missing" not in page
 
 
-def test_the_tables_hold_our_numbers_beside_the_papers(runs):
-    main(["report", str(runs), "--output", str(runs / "out")])
-    read = {name: pd.read_csv(runs / "out" / f"{name}.csv", index_col=0) for name in
+def test_the_tables_hold_our_numbers_beside_the_papers(reported):
+    out = reported / "report"
+    read = {name: pd.read_csv(out / f"{name}.csv", index_col=0) for name in
             ("table_1", "table_2", "table_3", "subgroups")}  # fmt: skip
     assert read["table_1"].loc["train, paper", "images"] == "12,004"
     shown = manifest(1, 0.97)
@@ -151,17 +158,17 @@ def test_the_tables_hold_our_numbers_beside_the_papers(runs):
     assert apr["SD+RL"].startswith(f"{100 * hits.mean():.1f} [")
     assert apr["SD+RL, paper"] == "63.14"
     assert read["table_3"].loc["FID", "SD"] == "-"
-    assert "no Inception weights here: fetch it" in (runs / "out" / "table_3.md").read_text()
+    assert "no Inception weights here: fetch it" in (out / "table_3.md").read_text()
     table = read["subgroups"]
     assert len(table) == 33
     for split in ("train", "test"):
         assert table[split].astype(int)[:-1].sum() == int(table[split].iloc[-1])
     assert "not estimable" in table["real test read right %"].to_list()
-    verdicts = pd.read_csv(runs / "out" / "table_4.csv")
+    verdicts = pd.read_csv(out / "table_4.csv")
     by_arm = verdicts.groupby("training")["F1 vs real"]
     assert by_arm.get_group("Real + SD-RL").str.endswith("better").sum() >= 4
     assert by_arm.get_group("Real + SD").str.endswith("no evidence").all()
-    tex = (runs / "out" / "table_2.tex").read_text()
+    tex = (out / "table_2.tex").read_text()
     assert re.search(r"\\begin\{tabular\}\{l{9}\}", tex)
     assert r"APR \%" in tex
     assert not re.search(r"(?<!\\)[%#_]", tex)
@@ -271,11 +278,10 @@ def test_a_table_as_markdown():
     assert markdown(rows) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
 
 
-def test_table_4_holds_the_mean_scores_of_each_arm_and_what_they_gain(runs):
-    main(["report", str(runs)])
-    numbers = pd.read_csv(runs / "report" / "table_4_numbers.csv")
+def test_table_4_holds_the_mean_scores_of_each_arm_and_what_they_gain(reported):
+    numbers = pd.read_csv(reported / "report" / "table_4_numbers.csv")
     arms = {}
-    for path in sorted((runs / "table4").rglob("predictions.csv")):
+    for path in sorted((reported / "table4").rglob("predictions.csv")):
         seed = json.loads(path.with_name("metrics.json").read_text())["seed"]
         arms.setdefault(path.parts[-4], {})[seed] = pd.read_csv(path)
     formulas = {"f1": binary_f1_score, "accuracy": binary_accuracy, "auroc": binary_auroc}

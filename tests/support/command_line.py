@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import yaml
 
 from rl4med_ddpo.command_line import main
 from support.dermoscopy import PROMPTS
@@ -11,8 +14,16 @@ from support.dermoscopy import PROMPTS
 ROOT = Path(__file__).parents[2]
 
 
-def ddpo(folder, pipeline, classifiers, *more):
-    """Options that make ddpo.yaml tiny."""
+SHIPPED = yaml.safe_load((ROOT / "configs" / "ddpo.yaml").read_text())["trainer"]["callbacks"]
+CALLBACKS = [callback for callback in SHIPPED if callback["class_path"] != "SampleGrid"]
+# as long as this process: references are resolved in a file alone
+WITHOUT_GRIDS = tempfile.NamedTemporaryFile("w", suffix=".yaml")
+WITHOUT_GRIDS.write(yaml.safe_dump({"trainer": {"callbacks": CALLBACKS}}))
+WITHOUT_GRIDS.flush()
+
+
+def ddpo(folder, pipeline, classifiers, *more, grids=False):
+    """Options that make ddpo.yaml tiny; the pictures in between take most of a tiny run's time."""
     return [
         "fit",
         "--config=ddpo.yaml",
@@ -31,6 +42,7 @@ def ddpo(folder, pipeline, classifiers, *more):
         "--trainer.check_val_every_n_epoch=2",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
+        *([] if grids else [f"--config={WITHOUT_GRIDS.name}"]),
         *more,
     ]
 
