@@ -102,8 +102,8 @@ class EvaluationSampler(DistributedSampler[int]):
 
 def counted(batch: dict[str, Any]) -> Tensor:
     """Tell which images of an evaluation's batch count, `(B,)` bool: all but the repeated ones."""
-    draw = batch.get("draw", torch.zeros(len(batch["id"]), dtype=torch.int64))
-    return draw == 0
+    rows = len(next(iter(batch.values())))
+    return batch.get("draw", torch.zeros(rows, dtype=torch.int64)) == 0
 
 
 class TrainLoader(DataLoader[dict[str, Tensor | str | int]]):

@@ -36,7 +36,10 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     monkeypatch.chdir(tmp_path)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    options = [f"--model.train={train}", "--model.baseline=window", "--model.inner_epochs=2"]
+    options = [
+        f"--model.train={train}", "--model.baseline=window", "--model.inner_epochs=2",
+        "--model.steps=2", "--data.samples_per_epoch=8",
+    ]  # fmt: skip
 
     def fit(folder, epochs):
         end = f"--trainer.max_epochs={epochs}"
