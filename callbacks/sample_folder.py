@@ -166,13 +166,17 @@ class SampleFolder(Callback):
                 f"others were drawn: {name_few(lost)}.\n  The same command draws them again."
             )
         write_tables(self.root, rows, trainer.datamodule.vocabulary)
-        rank_zero_info(f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now")
+        others = sum(path.suffix == ".png" for path in self.images.iterdir()) - len(rows)
+        more = f"; {others:,} more lie there, which were not asked for now and are not listed"
+        rank_zero_info(
+            f"{len(rows):,} samples in {self.root}, {int(drawn):,} of them drawn now"
+            + more * (others > 0)
+        )
 
     def _claim(self, settings: dict[str, Any]) -> None:
-        """Write the settings into a folder that is new."""
-        path = self.root / SETTINGS
-        if not path.exists() and not any(self.images.iterdir()):
-            write_whole(path, json.dumps(settings, indent=2) + "\n")
+        """Write the settings into a folder that has no images yet."""
+        if not any(self.images.iterdir()):
+            write_whole(self.root / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def _require(self, settings: dict[str, Any]) -> None:
         """Refuse a folder whose samples were drawn with other settings."""

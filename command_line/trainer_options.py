@@ -41,11 +41,11 @@ def require_support(trainer: L.Trainer, options: Any) -> None:
         raise UserError(
             "trainer.sync_batchnorm needs GPUs, and this run is on the CPU: leave it out"
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and launcher._start_method == "spawn":
         raise UserError(
-            f"strategy {options.strategy} starts its processes out of this one, which has built "
-            "everything already. Use --trainer.strategy ddp, or start the processes by torchrun or "
-            "srun"
+            f"strategy {options.strategy} sends what this process has built to new ones, which "
+            "cannot be done. Use --trainer.strategy ddp, or start the processes by torchrun or srun"
         )
 
 

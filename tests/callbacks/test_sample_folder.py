@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import re
@@ -188,6 +189,22 @@ def test_samples_of_other_settings_are_not_mixed(
         predict(folder, networks, **options)
     assert "another folder" in str(error.value)
     assert contents(folder) == before
+
+
+def test_settings_without_an_image_keep_nobody_from_drawing(networks, one_go, tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / SETTINGS).write_text(json.dumps({"steps": 1}))
+    predict(tmp_path / "samples", networks, prompts=[PROMPTS[0]], per_prompt=1)
+    there = json.loads((tmp_path / "samples" / SETTINGS).read_text())
+    assert there == json.loads((one_go / SETTINGS).read_text())
+
+
+def test_samples_that_were_not_asked_for_now_are_counted(networks, tmp_path, caplog):
+    caplog.set_level("INFO", "lightning.pytorch")
+    for per_prompt in (3, 2):
+        predict(tmp_path / "samples", networks, prompts=[PROMPTS[0]], per_prompt=per_prompt)
+    assert "2 samples in" in caplog.text
+    assert "; 1 more lie there, which were not asked for now" in caplog.text
 
 
 def test_images_of_unknown_origin_are_refused(networks, one_go, tmp_path):

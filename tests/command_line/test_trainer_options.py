@@ -49,7 +49,7 @@ def command(tiny_pipeline, tiny_classifiers, isic, tmp_path):
         ("sd", "precision=64-true", "64-true is computed by no GPU's fast units"),
         ("ddpo", "precision=64-true", "bf16-mixed or 32-true"),
         ("classifier", "strategy=ddp_spawn", "--trainer.strategy ddp, or start the processes by"),
-        ("ddpo", "strategy=ddp_fork", "--trainer.strategy ddp, or start the processes by"),
+        ("ddpo", "strategy=ddp_spawn", "--trainer.strategy ddp, or start the processes by"),
         ("sd", "barebones=true", "turns off curves, checkpoints and progress"),
         ("ddpo", "barebones=true", "turns off curves, checkpoints and progress"),
         ("classifier", "sync_batchnorm=true", "sync_batchnorm needs GPUs"),

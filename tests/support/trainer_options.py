@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -134,8 +135,19 @@ class Stages:
         end = ("--trainer.max_epochs=1",) if subcommand == "fit" else ()
         return [subcommand, *self.fits[name](run)[1:], *end]
 
-    def ended(self, args, log, variables):
-        """Give a command to a process of its own; return its exit code, None if it does not end."""
+    def ended(self, args, log, variables, fresh=False):
+        """Give a command to a process of its own; return its exit code, None if it does not end.
+
+        Args:
+            args: The command.
+            log: Name of the file for what it says.
+            variables: Of its environment.
+            fresh: Start it anew, which takes seconds longer: a forked process may not fork.
+        """
+        if fresh:
+            with (self.folder / f"{log}.log").open("w") as file:
+                program = [sys.executable, str(ROOT / "run.py"), *map(str, args)]
+                return subprocess.run(program, stdout=file, stderr=file, check=False).returncode
         child = os.fork()
         if not child:
             _become(args, self.folder / f"{log}.log", variables)
@@ -158,7 +170,8 @@ class Stages:
             args += ["--trainer.max_epochs=3"] * option.startswith("min")
             args += ["--trainer.max_epochs=-1"] * (option == "max_steps")
         args += TWO if option in ON_TWO else ()
-        return self.said(label, self.ended([*args, f"--trainer.{option}={value}"], label, {}))
+        args = [*args, f"--trainer.{option}={value}"]
+        return self.said(label, self.ended(args, label, {}, fresh=option == "strategy"))
 
     def launched(self, stage, environment):
         """Return what came of two processes that a launcher of this kind has started."""
