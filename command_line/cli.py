@@ -35,6 +35,8 @@ from rl4med_ddpo.fault_tolerance.settings import callback_settings, settings_of
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.trainer import products_folder, trial
+from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.prerequisites import require
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.lightning_modules.trained_weights import scored_checkpoint, weights_that_fit
 from rl4med_ddpo.metrics.split_leaks import find_leaks, require_no_leaks
@@ -99,6 +101,7 @@ class Trainer(L.Trainer):
                 one; null starts from scratch.
         """
         require_training(self, model)
+        _require_prerequisites(model, "fit")
         resume = next(c for c in self.callbacks if isinstance(c, Resume))
         if trial(self):
             # Lightning would still write last.ckpt
@@ -134,7 +137,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
             weights_only: Load ckpt_path without running code from it.
         """
-        with self._scored(model, ckpt_path) as path:
+        with self._scored(model, ckpt_path, "validate") as path:
             return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def test(
@@ -158,7 +161,7 @@ class Trainer(L.Trainer):
             datamodule: The data.
             weights_only: Load ckpt_path without running code from it.
         """
-        with self._scored(model, ckpt_path) as path:
+        with self._scored(model, ckpt_path, "test") as path:
             return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def predict(
@@ -182,14 +185,14 @@ class Trainer(L.Trainer):
                 takes the model as its own arguments name it.
             weights_only: Load ckpt_path without running code from it.
         """
-        with self._scored(model, ckpt_path) as path:
+        with self._scored(model, ckpt_path, "predict") as path:
             return super().predict(
                 model, dataloaders, datamodule, return_predictions, path, weights_only
             )
 
     @contextmanager
     def _scored(
-        self, model: L.LightningModule | None, ckpt_path: str | None
+        self, model: L.LightningModule | None, ckpt_path: str | None, command: str
     ) -> Iterator[str | None]:
         """Choose the checkpoint of an evaluation, and let the model know that one will come."""
         if model is None:
@@ -198,6 +201,7 @@ class Trainer(L.Trainer):
         path = scored_checkpoint(self, model, ckpt_path)
         if isinstance(model, TextToImage):
             model.awaits_checkpoint = path is not None
+        _require_prerequisites(model, command)
         with weights_that_fit(model, path):
             yield path
 
@@ -227,6 +231,12 @@ class Trainer(L.Trainer):
                 print(f"  {leak}")
             if leaks == "strict":
                 require_no_leaks(found)
+
+
+def _require_prerequisites(model: L.LightningModule, command: str) -> None:
+    """Say once what is missing, before other processes are started or anything is written."""
+    if isinstance(model, DDPO):
+        require(model.prerequisites(command))
 
 
 class CommandLine(LightningCLI):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rl4med_ddpo import __version__
 from rl4med_ddpo.command_line.cli import CommandLine, SaveConfig, Trainer
 from rl4med_ddpo.command_line.parser import Parser
+from rl4med_ddpo.fault_tolerance.run_folder import abandon
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.report.report import report, report_parser, run_folders
 
@@ -65,6 +66,7 @@ def main(args: list[str] | None = None) -> CommandLine | Path:
     try:
         return _command_line(args)
     except Exception as error:
+        abandon()
         # the parser wraps what a constructor raises
         cause = _cause(error, UserError) or _cause(error, (MisconfigurationException, ImportError))
         if cause is None and isinstance(error, ValueError) and _raised_by_lightning(error):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +23,7 @@ PROBE = ".probe"
 LEAST_FREE = 50_000_000
 """Bytes without which no run is worth starting."""
 _held: dict[Path, IO[str]] = {}
+_made: list[Path] = []
 
 
 def claim(folder: Path, command: str, unprotected: bool = False) -> None:
@@ -37,9 +39,24 @@ def claim(folder: Path, command: str, unprotected: bool = False) -> None:
     Raises:
         UserError: naming the path, and who holds it or what its file system lacks.
     """
+    _made[:] = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
     _probe(folder)
     lacking = [*_unsynced(folder), *_lock(folder / f".{command}.lock", folder)]
     _require(lacking, folder, unprotected)
+
+
+def abandon() -> None:
+    """Give the folder of a run that was refused back, and leave no trace of it if it was new."""
+    for lock, file in list(_held.items()):
+        file.close()
+        del _held[lock]
+        if lock.parent in {folder.resolve() for folder in _made}:
+            lock.unlink(missing_ok=True)
+    with suppress(OSError):
+        # from the inside out; what holds something stays
+        for folder in _made:
+            folder.rmdir()
+    _made.clear()
 
 
 def _require(lacking: list[str], folder: Path, unprotected: bool) -> None:

@@ -227,6 +227,33 @@ def test_with_nothing_prepared_it_says_what_to_run(tmp_path):
         "make demo",
     ):  # fmt: skip
         assert part in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "--config=ddpo.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"],
+        ["predict", "--config=ddpo.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"],
+        ["fit", "--config=sd.yaml"],
+        ["fit", "--config=classifier.yaml", "--data.threshold=2"],
+        ["test", "--config=classifier.yaml"],
+    ],
+)
+def test_a_refused_run_starts_no_process_and_leaves_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "lightning.pytorch.strategies.launchers._SubprocessScriptLauncher._call_children_scripts",
+        lambda _: pytest.fail("a process was started"),
+    )
+    with pytest.raises(UserError):
+        in_process(*command, "--trainer.accelerator=cpu")
+    assert not list(tmp_path.iterdir())
+    # the folder is another run's now
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes").write_text("mine")
+    with pytest.raises(UserError):
+        in_process(*command, "--trainer.accelerator=cpu")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["notes"]
 
 
 def test_errors_of_workers_are_cut_to_their_message(tmp_path):

@@ -163,7 +163,7 @@ class Stages:
 
     def tried(self, stage, option, value):
         """Return what came of an option: `works`, or the words of the refusal."""
-        label = re.sub(r"\W+", "_", f"{stage} {option} {value}")
+        label = re.sub(r"[^\w.-]+", "_", f"{stage} {option} {value}")
         args = self.of(stage, self.folder / label)
         if option in ("max_epochs", "min_epochs", "max_steps", "min_steps"):
             args = [a for a in args if "max_epochs" not in a]
