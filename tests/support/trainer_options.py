@@ -1,6 +1,6 @@
 """Try every option of Lightning's trainer in every stage, and write down what comes of it.
 
-python tests/support/trainer_options.py FOLDER makes tiny runs in the folder, some three hundred of
+python tests/support/trainer_options.py FOLDER makes tiny runs in the folder, some five hundred of
 them, and writes docs/trainer_options.md.
 """
 
@@ -82,6 +82,7 @@ VALUES = {
     "model_registry": ("name",),
 }  # fmt: skip
 """What each option is tried with. Without the trainer's default this would not be every option."""
+FORKING = ("ddp_fork", "ddp_notebook")
 ON_TWO = ("strategy", "use_distributed_sampler", "sync_batchnorm")
 ENVIRONMENTS = {
     "plain variables": {"LOCAL_RANK": "{rank}", "NODE_RANK": "0", "WORLD_SIZE": "2"},
@@ -166,12 +167,16 @@ class Stages:
         label = re.sub(r"[^\w.-]+", "_", f"{stage} {option} {value}")
         args = self.of(stage, self.folder / label)
         if option in ("max_epochs", "min_epochs", "max_steps", "min_steps"):
-            args = [a for a in args if "max_epochs" not in a]
+            args = [a for a in args if not a.startswith("--trainer.max_epochs")]
             args += ["--trainer.max_epochs=3"] * option.startswith("min")
             args += ["--trainer.max_epochs=-1"] * (option == "max_steps")
         args += TWO if option in ON_TWO else ()
+        if option == "default_root_dir":
+            value = f"{value} {label}"
+            if (run := self.folder / label).exists():
+                run.rename(value)
         args = [*args, f"--trainer.{option}={value}"]
-        return self.said(label, self.ended(args, label, {}, fresh=option == "strategy"))
+        return self.said(label, self.ended(args, label, {}, fresh=value in FORKING))
 
     def launched(self, stage, environment):
         """Return what came of two processes that a launcher of this kind has started."""
