@@ -8,7 +8,7 @@ import pytest
 
 from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from support.command_line import ROOT, classifier, ddpo, fine_tuning, in_process
-from support.forked import forked, forked_ranks
+from support.forked import forked_ranks
 
 ONE_PROMPT = (
     "--data.prompts=[a dermoscopic image with melanoma (MEL) with no visible artifacts]",
@@ -29,17 +29,24 @@ def isic(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def commands(tiny_pipeline, tiny_classifiers, isic):
-    """The options of each stage, as a function of the run folder."""
+def options(tiny_pipeline, tiny_classifiers, isic, tmp_path_factory):
+    """The options of each stage, with the weights to score."""
+    run = tmp_path_factory.mktemp("run")
+    few, as_it_is = "--data.batch_size=2", "--ckpt_path=null"
     return {
-        "classifier": lambda folder: classifier(folder, isic, "--data.batch_size=2"),
-        "sd": lambda folder: fine_tuning(folder, tiny_pipeline, isic, "--data.batch_size=2"),
-        "autoencoder": lambda folder: [
-            "fit", f"--config={ROOT}/configs/base/autoencoder.yaml",
-            f"--model.pipeline={tiny_pipeline}", f"--model.perceptual={tiny_classifiers['reward']}",
-            *classifier(folder, isic, "--data.batch_size=2")[5:], "--trainer.val_check_interval=2",
+        "classifier": [
+            *classifier(run, isic, few)[1:], f"--ckpt_path={tiny_classifiers['reward']}",
         ],
-        "ddpo": lambda folder: ddpo(folder, tiny_pipeline, tiny_classifiers, *ONE_PROMPT),
+        "sd": [*fine_tuning(run, tiny_pipeline, isic, few)[1:], as_it_is],
+        "autoencoder": [
+            f"--config={ROOT}/configs/base/autoencoder.yaml",
+            f"--model.pipeline={tiny_pipeline}", f"--model.perceptual={tiny_classifiers['reward']}",
+            *classifier(run, isic, few)[5:], as_it_is,
+        ],
+        "ddpo": [
+            *ddpo(run, tiny_pipeline, tiny_classifiers, *ONE_PROMPT)[1:], "--model.policy=null",
+            as_it_is,
+        ],
     }  # fmt: skip
 
 
@@ -50,21 +57,6 @@ def scores(folder):
         rows = list(csv.DictReader(file))
     found = {name: value for row in rows for name, value in row.items() if value}
     return {n: float(v) for n, v in found.items() if n.startswith(("val/", "test/"))}
-
-
-@pytest.fixture(scope="module")
-def fitted(commands, tmp_path_factory):
-    """Gives the options of a stage that has a run of two batches; they name its folder."""
-    made, options = tmp_path_factory.mktemp("fitted"), {}
-    short = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
-
-    def options_of(stage):
-        if stage not in options:
-            _, *options[stage] = commands[stage](made / stage)
-            assert forked(in_process, "fit", *options[stage], *short) == 0
-        return options[stage]
-
-    return options_of
 
 
 @pytest.mark.parametrize(
@@ -78,14 +70,14 @@ def fitted(commands, tmp_path_factory):
     ],
 )
 def test_scores_do_not_depend_on_the_number_of_processes(
-    fitted, tmp_path, monkeypatch, stage, subcommand, processes
+    options, tmp_path, monkeypatch, stage, subcommand, processes
 ):
     monkeypatch.chdir(tmp_path)
-    options, found = fitted(stage), []
+    found = []
     for ranks in processes:
         logged = tmp_path / f"on_{ranks}"
         args = [
-            subcommand, *options, f"--trainer.devices={ranks}",
+            subcommand, *options[stage], f"--trainer.devices={ranks}",
             f"--trainer.strategy={'ddp' if ranks > 1 else 'auto'}", "--trainer.logger=CSVLogger",
             f"--trainer.logger.save_dir={logged}",
         ]  # fmt: skip
@@ -96,6 +88,6 @@ def test_scores_do_not_depend_on_the_number_of_processes(
     for together in shared:
         assert together == pytest.approx(alone, abs=1e-5)
     if (stage, subcommand) == ("classifier", "test"):
-        run = Path(next(o for o in options if "default_root_dir" in o).partition("=")[2])
-        kept = json.loads((run / "results" / "metrics.json").read_text())
+        (run,) = (o.partition("=")[2] for o in options[stage] if "default_root_dir" in o)
+        kept = json.loads(Path(run, "results", "metrics.json").read_text())
         assert kept["n"] == alone["test/n"]

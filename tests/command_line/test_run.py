@@ -235,9 +235,7 @@ def test_with_nothing_prepared_it_says_what_to_run(tmp_path):
     [
         ["fit", "--config=ddpo.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"],
         ["predict", "--config=ddpo.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"],
-        ["fit", "--config=sd.yaml"],
         ["fit", "--config=classifier.yaml", "--data.threshold=2"],
-        ["test", "--config=classifier.yaml"],
     ],
 )
 def test_a_refused_run_starts_no_process_and_leaves_nothing(command, tmp_path, monkeypatch):

@@ -45,13 +45,10 @@ def command(tiny_pipeline, tiny_classifiers, isic, tmp_path):
     ("stage", "option", "says"),
     [
         ("classifier", "precision=bf16-true", "bf16-true keeps the trained weights in 8 bits"),
-        ("sd", "precision=bf16-true", "bf16-mixed or 32-true"),
         ("sd", "precision=64-true", "64-true is computed by no GPU's fast units"),
         ("ddpo", "precision=64-true", "bf16-mixed or 32-true"),
         ("classifier", "strategy=ddp_spawn", "--trainer.strategy ddp, or start the processes by"),
-        ("ddpo", "strategy=ddp_spawn", "--trainer.strategy ddp, or start the processes by"),
         ("sd", "barebones=true", "turns off curves, checkpoints and progress"),
-        ("ddpo", "barebones=true", "turns off curves, checkpoints and progress"),
         ("classifier", "sync_batchnorm=true", "sync_batchnorm needs GPUs"),
         ("ddpo", "gradient_clip_val=1.0", "use --model.max_grad_norm"),
         ("ddpo", "accumulate_grad_batches=2", "--model.micro_batch"),
@@ -59,7 +56,6 @@ def command(tiny_pipeline, tiny_classifiers, isic, tmp_path):
         ("sd", "max_steps=0", "max_steps = 0 trains nothing"),
         ("ddpo", "max_epochs=0", "max_epochs = 0 trains nothing"),
         ("classifier", "val_check_interval=100", "must be less than or equal to the number"),
-        ("sd", "overfit_batches=0.1", "Said by Lightning, of its trainer's options"),
         ("ddpo", "limit_train_batches=0.5", "Said by Lightning, of its trainer's options"),
     ],
 )
