@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rl4med_ddpo.base_pipeline.build import build_pipeline
+from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES
 from support.tiny import TINY_NETWORKS, fitted
@@ -35,6 +36,14 @@ def annotations_folder():
 def real_folder():
     """1,240 true images in the official layout."""
     return _real_data("isic-real")
+
+
+@pytest.fixture(scope="session")
+def isic(tmp_path_factory):
+    """Sixty-four images of 16 x 16 pixels: 45 to train, 9 to validate, 10 to test."""
+    root = tmp_path_factory.mktemp("isic") / "data"
+    DermoscopyFolder(root, images=64, size=16, combinations="balanced").write()
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from support.command_line import ROOT, classifier, ddpo, fine_tuning, in_process
 from support.forked import forked_ranks
 
@@ -18,14 +17,6 @@ ONE_PROMPT = (
     "--model.updates=1",
     "--model.steps=2",
 )
-
-
-@pytest.fixture(scope="module")
-def isic(tmp_path_factory):
-    """Sixty-four images, of which nine are validation's and eleven the test's."""
-    root = tmp_path_factory.mktemp("isic") / "data"
-    DermoscopyFolder(root, images=64, size=16, combinations="balanced").write()
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import yaml
 
 from rl4med_ddpo.command_line.main import user_message
 from rl4med_ddpo.command_line.parser import CONFIGS
-from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import ROOT, as_process, classifier, ddpo, in_process
 from support.dermoscopy import PROMPTS
@@ -15,14 +14,6 @@ from support.dermoscopy import PROMPTS
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def isic(tmp_path_factory):
-    """A small ISIC folder, each prompt's combination in it."""
-    root = tmp_path_factory.mktemp("isic") / "data"
-    DermoscopyFolder(root, images=64, size=16, combinations="balanced").write()
-    return root
 
 
 def printed(capsys, *args):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules import AttributeClassifier, StableDiffusion
 from support.command_line import classifier, ddpo, fine_tuning, in_process
@@ -19,13 +18,6 @@ FEW = (
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def isic(tmp_path_factory):
-    root = tmp_path_factory.mktemp("isic") / "data"
-    DermoscopyFolder(root, images=64, size=16, combinations="balanced").write()
-    return root
 
 
 @pytest.fixture

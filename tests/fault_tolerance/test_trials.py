@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 
-from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.foundation.errors import UserError
 from support.command_line import classifier, ddpo, fine_tuning, in_process
 
@@ -19,10 +18,8 @@ FEW = (
 
 
 @pytest.fixture(scope="module")
-def commands(tiny_pipeline, tiny_classifiers, tmp_path_factory):
+def commands(tiny_pipeline, tiny_classifiers, isic):
     """The options of each stage, as a function of the run folder."""
-    isic = tmp_path_factory.mktemp("isic") / "data"
-    DermoscopyFolder(isic, images=64, size=16, combinations="balanced").write()
     return {
         "classifier": lambda folder: classifier(folder, isic),
         "sd": lambda folder: fine_tuning(folder, tiny_pipeline, isic),

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY
 from rl4med_ddpo.foundation.errors import UserError
@@ -23,13 +22,6 @@ WITH_COSINE = (
     "--trainer.callbacks=null",
 )
 TRUTH = "ISIC_2019_Training_GroundTruth.csv"
-
-
-@pytest.fixture(scope="module")
-def isic(tmp_path_factory):
-    root = tmp_path_factory.mktemp("isic") / "data"
-    DermoscopyFolder(root, images=64, size=16, combinations="balanced").write()
-    return root
 
 
 @pytest.fixture(scope="module")
