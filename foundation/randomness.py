@@ -6,7 +6,6 @@ save, and any image can be drawn again from its key.
 """
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +28,6 @@ def keys(seed: int, purpose: str, epoch: int, indices: Tensor) -> Tensor:
 def generator(key: int) -> torch.Generator:
     """Return a CPU generator whose stream is decided by the key."""
     return torch.Generator().manual_seed(key)
-
-
-def normal(shape: Sequence[int], draw: Draw) -> Tensor:
-    """Draw standard normal numbers, `(B, ...)`; on the CPU."""
-    if isinstance(draw, torch.Generator):
-        return torch.randn(*shape, generator=draw)
-    return torch.cat([torch.randn(1, *shape[1:], generator=row) for row in draw])
 
 
 def integers(end: int, n: int, draw: Draw) -> Tensor:

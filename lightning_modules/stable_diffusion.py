@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -16,12 +17,15 @@ from rl4med_ddpo.datamodules.sampling import counted
 from rl4med_ddpo.datamodules.tensor_folder import TensorFolder
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import weights_digest
-from rl4med_ddpo.foundation.randomness import Draw, generator, integers, key, normal
+from rl4med_ddpo.foundation.randomness import Draw, generator, integers, key
 from rl4med_ddpo.lightning_modules.diffusion.latent_filling import MissingVariants, fill
 from rl4med_ddpo.lightning_modules.diffusion.lora import add_lora, merged, save_lora
 from rl4med_ddpo.lightning_modules.diffusion.noise_prediction import min_snr_weights, offset_noise
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
+
+CPU = torch.device("cpu")
+"""Where all noise is drawn, so that every device has the same."""
 
 
 class StableDiffusion(TextToImage):
@@ -180,11 +184,11 @@ class StableDiffusion(TextToImage):
             draw: One generator of all that is random, or one for each image.
         """
         latents = self.latents_of(batch, draw)
-        noise = normal(latents.shape, draw).to(latents)
+        noise = randn_tensor(latents.shape, draw, CPU).to(latents)
         levels = self.model.noise_scheduler.config.num_train_timesteps
         timestep = integers(levels, len(latents), draw).to(self.device)
         if self.hparams.noise_offset:
-            shift = normal((*latents.shape[:2], 1, 1), draw).to(latents)
+            shift = randn_tensor((*latents.shape[:2], 1, 1), draw, CPU).to(latents)
             noise = offset_noise(noise, shift, self.hparams.noise_offset)
         noisy = self.model.noise_scheduler.add_noise(latents, noise, timestep)
         predicted = self.model.unet(noisy, timestep, self.model.embed(prompts), return_dict=False)[
@@ -201,7 +205,7 @@ class StableDiffusion(TextToImage):
         cached = batch.get("latents")
         distribution = self.encode(batch["image"]) if cached is None else cached
         mean, std = distribution.chunk(2, dim=1)
-        sample = mean + std * normal(mean.shape, draw).to(mean)
+        sample = mean + std * randn_tensor(mean.shape, draw, CPU).to(mean)
         return sample * self.model.vae.module.config["scaling_factor"]
 
     @torch.no_grad()

@@ -135,9 +135,11 @@ def batch_statistics(network: nn.Module, images: int) -> Iterator[None]:
         network: In training mode.
         images: Number of images in the batch.
     """
-    kinds = nn.modules.batchnorm._BatchNorm
-    norms = [m for m in network.modules() if isinstance(m, kinds) and m.training]
-    for norm in norms if images == 1 else ():
+    norms: list[nn.Module] = []
+    if images == 1:
+        kinds = nn.modules.batchnorm._BatchNorm
+        norms = [m for m in network.modules() if isinstance(m, kinds) and m.training]
+    for norm in norms:
         norm.eval()
     try:
         yield

@@ -27,7 +27,7 @@ def start_forked(function, *args):
     sys.stderr.flush()
     child = os.fork()
     if not child:
-        _call_and_leave(function, args)
+        call_and_leave(function, args)
     return child
 
 
@@ -73,10 +73,10 @@ def _start_rank(rank, ranks, port, function, args):
         "MASTER_PORT": str(port),
     }
     rank_zero_only.rank = rank
-    _call_and_leave(function, args)
+    call_and_leave(function, args)
 
 
-def _call_and_leave(function, args):
+def call_and_leave(function, args):
     try:
         function(*args)
         os._exit(0)

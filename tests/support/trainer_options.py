@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from rl4med_ddpo.datamodules.dermoscopy import DermoscopyFolder  # noqa: E402
 from rl4med_ddpo.lightning_modules.pipelines.load import save_pipeline  # noqa: E402
 from support.command_line import classifier, ddpo, fine_tuning  # noqa: E402
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES  # noqa: E402
+from support.forked import call_and_leave  # noqa: E402
 from support.tiny import TINY_NETWORKS, fitted  # noqa: E402
 
 FEW = (
@@ -214,14 +214,7 @@ def _become(args, log, variables):
     if rank := variables.get("LOCAL_RANK") or variables.get("SLURM_LOCALID"):
         L.pytorch.utilities.rank_zero_only.rank = int(rank)
     sys.argv = [str(ROOT / "run.py"), *map(str, args)]
-    try:
-        program()
-        os._exit(0)
-    except SystemExit as end:
-        os._exit(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    call_and_leave(program, ())
 
 
 def page(stages, rows):
