@@ -116,18 +116,12 @@ def test_messages_and_warnings_stand_above_the_bars(tmp_path, monkeypatch):
             warnings.warn("what is wrong", stacklevel=1)
 
     screen = Terminal()
-    logger = logging.getLogger("lightning.pytorch")
-    handler = logging.StreamHandler(screen)
-    monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(sys, "stderr", screen)
-    # logging_redirect_tqdm takes the handlers that write to the console
-    handler.setStream(screen)
-    before = warnings.showwarning
+    console = [logging.StreamHandler(screen)]
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", console)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        monkeypatch.setattr(warnings, "showwarning", warnings._showwarning_orig)
         fit(tmp_path, monkeypatch, screen, Talking(), max_epochs=1)
-    monkeypatch.setattr(warnings, "showwarning", before)
     for text in ("what is to be done", "what is wrong"):
         line, *_ = [line for line in screen.getvalue().splitlines() if text in line]
         ahead = line.rpartition("\r")[2].partition(text)[0]
