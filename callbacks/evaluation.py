@@ -29,7 +29,7 @@ from rl4med_ddpo.datamodules.vocabulary import Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder
-from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
 from rl4med_ddpo.lightning_modules.trained_weights import weights_file
 from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers
 from rl4med_ddpo.metrics.copies import thumbnails
@@ -62,7 +62,7 @@ class Evaluation(Callback):
         self.inception = inception
         self.alexnet = alexnet
 
-    def on_test_start(self, trainer: Trainer, pl_module: DDPO) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: RewardFineTuning) -> None:
         """Refuse what cannot work before anything is drawn."""
         self.samples = _sample_folder(trainer, self)
         data = trainer.datamodule
@@ -72,7 +72,7 @@ class Evaluation(Callback):
             self.data.paths(pd.concat([self.data.splits.train, self.data.splits.test]))
         self.networks, self.unavailable = self._load(pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: DDPO) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: RewardFineTuning) -> None:
         """Score the folder, on all processes together, and write the results on the first."""
         manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
         results = {
@@ -99,7 +99,9 @@ class Evaluation(Callback):
         )
         rank_zero_info(f"scores of {len(manifest):,} samples in {path}{missing}")
 
-    def _load(self, pl_module: DDPO) -> tuple[dict[str, FeatureNetwork], dict[str, str]]:
+    def _load(
+        self, pl_module: RewardFineTuning
+    ) -> tuple[dict[str, FeatureNetwork], dict[str, str]]:
         """Load the networks that there are; say of the others why not."""
         networks, unavailable = {}, {}
         if self.data is None:
@@ -121,7 +123,7 @@ class Evaluation(Callback):
     def _beside_real(
         self,
         trainer: Trainer,
-        pl_module: DDPO,
+        pl_module: RewardFineTuning,
         manifest: pd.DataFrame,
         folder: Path,
         data: ISICDataModule,
@@ -214,7 +216,7 @@ class Evaluation(Callback):
         return {"fake": ImageFiles(fakes, size), **real}
 
     def _provenance(
-        self, trainer: Trainer, pl_module: DDPO, manifest: pd.DataFrame
+        self, trainer: Trainer, pl_module: RewardFineTuning, manifest: pd.DataFrame
     ) -> dict[str, Any]:
         """Say what the numbers rest on; two runs compare only if all but the policy is equal."""
         reward = pl_module.reward

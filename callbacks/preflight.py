@@ -45,12 +45,12 @@ def measured(policy: DDPO, epoch: Epoch) -> tuple[float, float]:
     model, n = policy.model, epoch.sample_batch
     rollout = blank_rollout(epoch.steps, model.latent_shape, policy.device)
     latents = torch.zeros(n, *model.latent_shape, device=policy.device)
-    step = torch.zeros(n, dtype=torch.long, device=policy.device)
-    pairs = blank_pairs(epoch.micro_batch, epoch.steps)
+    timestep = torch.zeros(n, dtype=torch.long, device=policy.device)
+    pairs = blank_pairs(epoch.micro_batch, policy.window_of_steps)
 
     def sample() -> None:
         with torch.no_grad():
-            model.predict_noise(latents, step, model.embed([""] * n))
+            model.predict_noise(latents, timestep, model.embed([""] * n))
 
     def train() -> None:
         loss = policy.objective(rollout, pairs).loss.sum()

@@ -18,7 +18,7 @@ from rl4med_ddpo.foundation.errors import UserError, name_few
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder, trial
-from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
 from rl4med_ddpo.lightning_modules.samples import Samples
 
 SETTINGS = "settings.json"
@@ -52,13 +52,13 @@ class SampleFolder(Callback):
     def _take(self, root: Path) -> None:
         self.root, self.images = root, root / INPUT
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: DDPO) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: RewardFineTuning) -> None:
         """Compare the folder's settings with these."""
         # a batch of another process, or one drawn before, gives None
         warnings.filterwarnings("ignore", "predict returned None")
         self._open(trainer, pl_module)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: DDPO) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: RewardFineTuning) -> None:
         """Do as for prediction."""
         self._open(trainer, pl_module)
 
@@ -78,7 +78,7 @@ class SampleFolder(Callback):
     def on_predict_batch_end(
         self,
         trainer: Trainer,
-        pl_module: DDPO,
+        pl_module: RewardFineTuning,
         outputs: Samples | None,
         batch: dict[str, Any],
         batch_idx: int,
@@ -90,7 +90,7 @@ class SampleFolder(Callback):
     def on_test_batch_end(
         self,
         trainer: Trainer,
-        pl_module: DDPO,
+        pl_module: RewardFineTuning,
         outputs: Samples | None,
         batch: dict[str, Any],
         batch_idx: int,
@@ -118,7 +118,7 @@ class SampleFolder(Callback):
         """Return where the sample of this id lies."""
         return self.images / f"{name}.png"
 
-    def _open(self, trainer: L.Trainer, pl_module: DDPO) -> None:
+    def _open(self, trainer: L.Trainer, pl_module: RewardFineTuning) -> None:
         self.asked, self.drawn = [], 0
         settings = settings_of(trainer, pl_module)
         self._take(products_folder(trainer) / self.dirpath.name if trial(trainer) else self.dirpath)
@@ -139,7 +139,7 @@ class SampleFolder(Callback):
     def _write(
         self,
         trainer: Trainer,
-        pl_module: DDPO,
+        pl_module: RewardFineTuning,
         outputs: Samples | None,
         batch: dict[str, Any],
     ) -> None:
@@ -208,7 +208,7 @@ def _ids(batch: dict[str, Any]) -> list[str]:
     return list(map(sample_id, batch["name"], batch["index"].tolist()))
 
 
-def settings_of(trainer: L.Trainer, module: DDPO) -> dict[str, Any]:
+def settings_of(trainer: L.Trainer, module: RewardFineTuning) -> dict[str, Any]:
     """Return what decides the images and their scores: the sampler and each network's digest."""
     return {
         **{name: module.hparams[name] for name in SAMPLER_SETTINGS},

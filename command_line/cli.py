@@ -35,8 +35,8 @@ from rl4med_ddpo.fault_tolerance.settings import callback_settings, settings_of
 from rl4med_ddpo.fault_tolerance.watchdog import Watchdog
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.trainer import products_folder, trial
-from rl4med_ddpo.lightning_modules.ddpo import DDPO
 from rl4med_ddpo.lightning_modules.prerequisites import require
+from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.lightning_modules.trained_weights import scored_checkpoint, weights_that_fit
 from rl4med_ddpo.metrics.split_leaks import find_leaks, require_no_leaks
@@ -235,7 +235,7 @@ class Trainer(L.Trainer):
 
 def _require_prerequisites(model: L.LightningModule, command: str) -> None:
     """Say once what is missing, before other processes are started or anything is written."""
-    if isinstance(model, DDPO):
+    if isinstance(model, RewardFineTuning):
         require(model.prerequisites(command))
 
 

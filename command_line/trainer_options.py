@@ -61,12 +61,12 @@ def require_training(trainer: L.Trainer, model: L.LightningModule) -> None:
         return
     if trainer.gradient_clip_val is not None:
         raise UserError(
-            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: DDPO clips its gradients "
-            "itself, by norm, before each update: use --model.max_grad_norm"
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val}: DDPO and DRaFT clip their "
+            "gradients themselves, by norm, before each update: use --model.max_grad_norm"
         )
     if trainer.accumulate_grad_batches != 1:
         raise UserError(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: DDPO adds up the "
-            "gradients of an update itself: --model.updates says how many updates a rollout makes, "
-            "--model.micro_batch how many pairs a pass takes"
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: DDPO and DRaFT "
+            "add up the gradients of an update themselves: --model.updates says how many updates "
+            "an epoch makes, --model.micro_batch how much a pass takes"
         )

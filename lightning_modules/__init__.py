@@ -3,6 +3,7 @@
 from rl4med_ddpo.lightning_modules.autoencoder import Autoencoder
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.draft import DRaFT
 from rl4med_ddpo.lightning_modules.one_pass_ddpo import OnePassDDPO
 from rl4med_ddpo.lightning_modules.rewards.attributes import AttributeMatch, AttributeProbability
 from rl4med_ddpo.lightning_modules.rewards.brightness import Brightness
@@ -16,6 +17,7 @@ __all__ = [
     "AttributeProbability",
     "Autoencoder",
     "Brightness",
+    "DRaFT",
     "OnePassDDPO",
     "RewardSum",
     "StableDiffusion",

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
-from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion, Transition
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import (
+    DDIMSchedule,
+    LatentDiffusion,
+    Transition,
+)
 from rl4med_ddpo.lightning_modules.diffusion.lora import adapter_layers
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
 from rl4med_ddpo.lightning_modules.policy_gradient.objective import PolicyLoss, clipped_policy_loss
@@ -42,6 +46,7 @@ class OnePassDDPO(DDPO):
         wanted = {"train": "lora", "updates": 1, "inner_epochs": 1, "kl_weight": 0.0}
         # compiled code would be rebuilt for each batch, whose collectors are its own
         wanted |= {"guidance_in_training": True, "old_log_probs": "rollout", "compile": None}
+        wanted |= {"trust_region": "clip"}
         wrong = [f"{k}={self.hparams[k]!r}" for k, v in wanted.items() if self.hparams[k] != v]
         if wrong:
             allowed = ", ".join(f"{name}: {value}" for name, value in wanted.items())
@@ -54,8 +59,9 @@ class OnePassDDPO(DDPO):
         """Return a sampler that takes gradients on the way."""
         p = self.hparams
         return OnePassSampler(
-            self.model, self.reward, p.seed, p.sample_batch, p.trajectory == "host",
-            self.window_of_steps, self.trained_steps,
+            self.model, self.schedule, self.reward, p.seed, p.sample_batch,
+            p.trajectory == "host", self.window_of_steps, self.trained_steps,
+            self.objective.weights,
         )  # fmt: skip
 
     def epoch_of(self, samples: int) -> Epoch:
@@ -89,26 +95,30 @@ class OnePassSampler(RolloutSampler):
 
     Args:
         model: The policy, with adapters.
-        reward: See `RolloutSampler`.
+        schedule: See `RolloutSampler`.
+        reward: Likewise.
         seed: Likewise.
         batch: Likewise.
         on_host: Likewise.
         window: First step that may be trained, and the first after.
         trained: Steps of each sample that are trained.
+        step_weights: Of each step in the loss, `(T,)`.
     """
 
     def __init__(
         self,
         model: LatentDiffusion,
+        schedule: DDIMSchedule,
         reward: Reward,
         seed: int,
         batch: int,
         on_host: bool,
         window: tuple[int, int],
         trained: int,
+        step_weights: Tensor,
     ) -> None:
-        super().__init__(model, reward, seed, batch, on_host)
-        self.window, self.trained = window, trained
+        super().__init__(model, schedule, reward, seed, batch, on_host)
+        self.window, self.trained, self.step_weights = window, trained, step_weights
         self.weights = torch.zeros(0, 0)
         self.gradients: list[list[Tensor]] = []
 
@@ -118,7 +128,8 @@ class OnePassSampler(RolloutSampler):
             self.gradients.clear()
         index = rollout.index[rows]
         steps = chosen_steps(index, self.window, self.trained, (self.seed, self.epoch, 0))
-        self.weights = torch.zeros(len(index), self.model.schedule.steps).scatter(1, steps, 1.0)
+        chosen = torch.zeros(len(index), self.schedule.steps).scatter(1, steps, 1.0)
+        self.weights = chosen * self.step_weights
         layers = adapter_layers(self.model.unet)
         with torch.enable_grad(), per_sample_gradients(layers, len(index)) as collectors:
             final = super().sample_batch(rollout, rows)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rl4med_ddpo.foundation.checkpoints import read_checkpoint
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.trainer import Trainer, require_precision
-from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import DDIMSchedule, LatentDiffusion
 from rl4med_ddpo.lightning_modules.diffusion.prompt_tokens import require_distinct
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline, save_pipeline
 from rl4med_ddpo.lightning_modules.pipelines.source import cached_commit, is_hub_id
@@ -92,6 +92,10 @@ class TextToImage(L.LightningModule):
     def prepare_unet(self, unet: UNet2DConditionModel) -> None:
         """Decide which of the U-Net's parameters are trained."""
         raise NotImplementedError
+
+    def rollout_schedule(self) -> DDIMSchedule:
+        """Return the transitions by which samples are drawn to train on."""
+        return self.model.schedule
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """List what the optimizer moves."""

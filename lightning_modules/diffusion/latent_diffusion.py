@@ -45,7 +45,7 @@ class Transition(NamedTuple):
         step: Its index.
         latents: x_t, `(B, C, H, W)`.
         previous: x_{t-1}, `(B, C, H, W)`.
-        log_prob: Of that action, `(B,)`.
+        log_prob: Of that action, `(B,)`; 0 where the transition is deterministic.
         noise: The prediction that it was drawn by, `(B, C, H, W)`, a constant.
     """
 
@@ -67,6 +67,8 @@ class DDIMSchedule(nn.Module):
             spacing of the timesteps and the last step's alpha.
         steps: Number of denoising steps T.
         eta: Share of the ancestral noise in each transition, in (0, 1].
+        noisy: First transition that draws noise, and the first after; the others are
+            deterministic, eta 0. None draws noise in all.
 
     Raises:
         UserError: if the scheduler predicts something other than noise, clamps its samples, or a
@@ -78,9 +80,16 @@ class DDIMSchedule(nn.Module):
     alpha_previous: Tensor
     sigma: Tensor
 
-    def __init__(self, scheduler: DDIMScheduler, steps: int, eta: float = 1.0) -> None:
+    def __init__(
+        self,
+        scheduler: DDIMScheduler,
+        steps: int,
+        eta: float = 1.0,
+        noisy: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.steps = steps
+        self.noisy = range(*(noisy or (0, steps)))
         config = scheduler.config
         if config["prediction_type"] != "epsilon":
             raise UserError(
@@ -111,10 +120,22 @@ class DDIMSchedule(nn.Module):
         )
         variance = (1 - alpha_previous) / (1 - alpha) * (1 - alpha / alpha_previous)
         sigma = eta * variance.clamp(min=0).sqrt()
-        _require_density(sigma, timesteps)
+        trained = list(self.noisy)
+        _require_density(sigma[trained], timesteps[trained])
+        sigma[[step for step in range(steps) if step not in self.noisy]] = 0
         self.register_buffer("timesteps", timesteps, persistent=False)
         for name, table in (("alpha", alpha), ("alpha_previous", alpha_previous), ("sigma", sigma)):
             self.register_buffer(name, table.float(), persistent=False)
+
+    def sensitivity(self) -> Tensor:
+        """Return c_t = |d mean / d noise| / sigma_t, `(T,)`; infinite where there is no noise.
+
+        The derivative of the log-prob of an action by the noise prediction has this size.
+        """
+        alpha, alpha_previous, sigma = self.alpha, self.alpha_previous, self.sigma
+        by_noise = (1 - alpha_previous - sigma**2).clamp(min=0).sqrt()
+        by_noise = by_noise - (alpha_previous * (1 - alpha) / alpha).sqrt()
+        return by_noise.abs() / sigma
 
     def mean(self, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         """Mean of p(x_{t-1} | x_t, c), DDIM Eq. 12.
@@ -155,12 +176,18 @@ class DDIMSchedule(nn.Module):
             generators: One CPU generator a sample, so that a sample does not depend on its batch.
         """
         index = torch.full((len(latents),), step, device=latents.device)
-        draw = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
         constant = noise.detach()
         mean = self.mean(latents, constant, index)
-        previous = mean + self.sigma[step] * draw.to(latents.device)
+        if step not in self.noisy:
+            return Transition(step, latents, mean, mean.new_zeros(len(mean)), constant)
+        previous = mean + self.sigma[step] * self.noise(latents, generators)
         log_prob = self.log_prob(previous, latents, noise, index)
         return Transition(step, latents, previous, log_prob, constant)
+
+    def noise(self, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Draw the noise of a batch's transition, `(B, C, H, W)`, from one CPU generator each."""
+        noise = randn_tensor(latents.shape, generator=generators, device=torch.device("cpu"))
+        return noise.to(latents.device)
 
     def divergence(self, latents: Tensor, noise: Tensor, other: Tensor, step: Tensor) -> Tensor:
         """KL divergence of two policies' transitions, |mu - mu'|^2 / (2 sigma^2), `(B,)`.
@@ -220,28 +247,37 @@ class LatentDiffusion(nn.Module):
         self.text_cache: TensorFolder | None = None
         self._embeddings: dict[str, Tensor] = {}
 
-    def trajectory(self, prompts: list[str], noise_keys: Tensor) -> Iterator[Transition]:
+    def trajectory(
+        self, prompts: list[str], noise_keys: Tensor, schedule: DDIMSchedule | None = None
+    ) -> Iterator[Transition]:
         """Sample from x_T ~ N(0, I) down to x_0, each action drawn from the policy (Eq. 1).
 
         Args:
             prompts: B texts.
             noise_keys: `(B,)` int64; sample i depends on (prompt i, key i) alone.
+            schedule: Another than the model's own.
 
         Yields:
             T transitions, each when it is asked for. Its log-prob is differentiable where
-            gradients are enabled, its action is a constant.
+            gradients are enabled and noise is drawn, its action is a constant.
         """
+        schedule = schedule or self.schedule
         text = self.embed(prompts)
         generators = [generator(key) for key in noise_keys.tolist()]
-        # on the CPU, so that every device draws the same x_T
-        shape, cpu = (len(prompts), *self.latent_shape), torch.device("cpu")
-        latents = randn_tensor(shape, generators, cpu).to(text.device)
-        for step in range(self.schedule.steps):
-            index = torch.full((len(latents),), step, device=latents.device)
-            noise = self.predict_noise(latents, index, text)
-            transition = self.schedule.draw(latents, noise, step, generators)
+        latents = self.initial_latents(generators)
+        for step in range(schedule.steps):
+            timestep = schedule.timesteps[step].expand(len(latents))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step in schedule.noisy):
+                noise = self.predict_noise(latents, timestep, text)
+            transition = schedule.draw(latents, noise, step, generators)
             yield transition
             latents = transition.previous
+
+    def initial_latents(self, generators: list[torch.Generator]) -> Tensor:
+        """Draw x_T ~ N(0, I), `(B, C, H, W)`: on the CPU, so that every device draws the same."""
+        shape = (len(generators), *self.latent_shape)
+        latents = randn_tensor(shape, generators, torch.device("cpu"))
+        return latents.to(self.schedule.sigma.device)
 
     def sample(self, prompts: list[str], noise_keys: Tensor) -> Tensor:
         """Return one image a prompt in [0, 1], `(B, 3, H, W)`; arguments as for `trajectory`."""
@@ -249,17 +285,16 @@ class LatentDiffusion(nn.Module):
         return self.decode(last.previous)
 
     def predict_noise(
-        self, latents: Tensor, step: Tensor, text: Tensor, guided: bool = True
+        self, latents: Tensor, timestep: Tensor, text: Tensor, guided: bool = True
     ) -> Tensor:
         """Predict the noise with classifier-free guidance, e_u + w (e_c - e_u), in one batch.
 
         Args:
             latents: x_t, `(B, C, H, W)` float32.
-            step: Index of the transition, `(B,)`.
+            timestep: Of the noise schedule, `(B,)` int64.
             text: Prompt embeddings, `(B, L, D)`.
             guided: False predicts for the prompts alone, e_c.
         """
-        timestep = self.schedule.timesteps[step]
         if not guided or self.guidance == 1.0:
             return self.unet(latents, timestep, text, return_dict=False)[0].float()
         empty = self.embed([""]).expand_as(text)

@@ -32,7 +32,8 @@ def divergence_from_start(
     with model.before_training(load):
         for transition in transitions:
             step = torch.full((len(prompts),), transition.step, device=text.device)
-            reference = model.predict_noise(transition.latents, step, text)
+            timestep = model.schedule.timesteps[step]
+            reference = model.predict_noise(transition.latents, timestep, text)
             total += model.schedule.divergence(
                 transition.latents, transition.noise, reference, step
             )

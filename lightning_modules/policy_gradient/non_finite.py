@@ -21,8 +21,8 @@ from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 
 FOLDER = "non_finite"
 REDRAW_SETTINGS = (
-    *("seed", "pipeline", "unet", "steps", "eta"),
-    *("guidance", "sample_batch", "train", "lora_rank"),
+    *("seed", "pipeline", "unet", "steps", "training_steps", "eta", "timestep_window"),
+    *("rollout_noise", "guidance", "sample_batch", "train", "lora_rank"),
 )
 """Options that decide what a sample looks like."""
 
@@ -165,7 +165,8 @@ def draw_again(policy: TextToImage, file: Path) -> Tensor:
         For each of the F faults the states x_T to x_0, `(F, T + 1, C, h, w)`.
     """
     kept = torch.load(file, weights_only=True)
-    names = [name for name in REDRAW_SETTINGS if name != "pipeline"]
+    # a file of 0.1 lacks the options that came later
+    names = [name for name in REDRAW_SETTINGS if name in kept and name != "pipeline"]
     other = [f"{n}={policy.hparams[n]!r}" for n in names if policy.hparams[n] != kept[n]]
     if other:
         wanted = ", ".join(f"{name}={kept[name]!r}" for name in names)
@@ -175,5 +176,7 @@ def draw_again(policy: TextToImage, file: Path) -> Tensor:
     index = torch.tensor([fault["index"] for fault in faults])
     noise_keys = keys(kept["seed"], "rollout", kept["epoch"], index)
     with torch.no_grad():
-        steps = list(policy.model.trajectory([fault["prompt"] for fault in faults], noise_keys))
+        prompts = [fault["prompt"] for fault in faults]
+        schedule = policy.rollout_schedule()
+        steps = list(policy.model.trajectory(prompts, noise_keys, schedule))
         return torch.stack([steps[0].latents, *(step.previous for step in steps)], dim=1)

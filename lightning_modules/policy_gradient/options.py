@@ -1,4 +1,4 @@
-"""DDPO's options: their ranges, and which go together; checked before anything is loaded."""
+"""Options of DDPO and DRaFT: ranges, and which go together; checked before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,10 @@ RANGES = {
     "eta": Range(0, True, 1, 1.0),
     "steps": Range(1, False, None, 50),
     "guidance": Range(0, False, None, 5.0),
+    "training_steps": Range(1, False, None, 10),
+    "max_kl": Range(0, True, None, 1e-5),
+    "last_steps": Range(1, False, None, 10),
+    "penalty": Range(0, False, None, 2.5),
     "updates": Range(1, False, None, 2),
     "inner_epochs": Range(1, False, None, 1),
     "kl_weight": Range(0, False, None, 0),
@@ -43,22 +47,23 @@ def require_options(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: what was given, what is allowed, what to do.
     """
-    _require_in_range(options)
+    require_in_range(options)
     if not 0 < options["timestep_fraction"] <= 1:
         raise UserError(f"timestep_fraction={options['timestep_fraction']}: allowed are (0, 1]")
-    _require_window(options["timestep_window"], options["steps"])
+    training_steps = options["training_steps"] or options["steps"]
+    _require_window(options["timestep_window"], training_steps)
+    if options["rollout_noise"] == "window" and not options["timestep_window"]:
+        raise UserError(
+            "rollout_noise: window draws noise in the steps of the timestep_window alone, and none "
+            f"is given. Add --model.timestep_window [0, {max(1, training_steps // 2)}], or leave "
+            "rollout_noise: all"
+        )
     below, above = clip_pair(options["clip_range"])
     if not (0 < below < 1 and above > 0):
         raise UserError(
             f"clip_range={options['clip_range']}: the ratio is clipped between 1 - {below:g} and "
             f"1 + {above:g}; allowed are (0, 1) below and anything above 0 above; "
             "try --model.clip_range 0.0001"
-        )
-    if options["kl_weight"] and options["train"] == "full":
-        raise UserError(
-            "kl_weight needs the policy before training, which is the U-Net without its adapters: "
-            "with train: full there is none, short of a second copy. Use train: lora, or "
-            "kl_weight: 0 with a smaller learning rate"
         )
     half = not options["guidance_in_training"] and options["guidance"] != 1
     if half and options["old_log_probs"] == "rollout":
@@ -76,6 +81,15 @@ def _require_window(window: tuple[int, int] | None, steps: int) -> None:
         f"0 being the noisiest; of {steps} steps all are [0, {steps}], the last half is "
         f"[{steps // 2}, {steps}]"
     )
+
+
+def require_last_steps(last_steps: int | None, steps: int) -> None:
+    """Refuse a gradient through more steps than there are."""
+    if last_steps is not None and last_steps > steps:
+        raise UserError(
+            f"last_steps={last_steps} of {steps} steps: allowed are 1 to {steps}, or null for all "
+            "of them"
+        )
 
 
 def require_groups(samples_per_prompt: int | None, baseline: str) -> None:
@@ -101,7 +115,7 @@ def clip_pair(clip_range: float | Sequence[float]) -> tuple[float, float]:
     return below, above
 
 
-def _require_in_range(options: Mapping[str, Any]) -> None:
+def require_in_range(options: Mapping[str, Any]) -> None:
     """Refuse values out of their range, each named with a value that works."""
     wrong = [
         f"  {name}={options[name]}: allowed is {allowed}; try --model.{name} {allowed.suggestion:g}"
@@ -112,8 +126,8 @@ def _require_in_range(options: Mapping[str, Any]) -> None:
         raise UserError("options out of range:\n" + "\n".join(wrong))
 
 
-def _within(value: float | Literal["auto"], allowed: Range) -> bool:
-    if value == "auto":
+def _within(value: float | Literal["auto"] | None, allowed: Range) -> bool:
+    if value is None or value == "auto":
         return True
     above = value > allowed.least if allowed.open else value >= allowed.least
     return above and (allowed.most is None or value <= allowed.most)

@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.randomness import generator, key, keys
-from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import LatentDiffusion, Transition
-from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, scored
+from rl4med_ddpo.lightning_modules.diffusion.latent_diffusion import (
+    DDIMSchedule,
+    LatentDiffusion,
+    Transition,
+)
+from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, joined, scored
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,10 @@ class Rollout:
         prompts: n texts.
         conditions: Multi-hot, `(n, A)`.
         latents: x_T to x_0, `(n, T + 1, C, h, w)` float32, stored once, on the device or the host.
-        log_probs: log p of each action under the policy that took it, `(n, T)` float32.
+        log_probs: log p of each action under the policy that took it, `(n, T)` float32; 0 where a
+            transition is deterministic.
+        noise: The noise predictions that the actions were drawn by, `(n, T, C, h, w)`, where the
+            latents are; `(0,)` if nothing compares with them.
         scored: What the images of x_0 earned; the images themselves are not kept.
         appearance: Their colours on 8x8 pixels, `(n, 192)` in [0, 1].
     """
@@ -34,6 +41,7 @@ class Rollout:
     conditions: Tensor
     latents: Tensor
     log_probs: Tensor
+    noise: Tensor
     scored: Rewards
     appearance: Tensor
 
@@ -43,18 +51,28 @@ class RolloutSampler:
 
     Args:
         model: The policy.
+        schedule: Of the rollouts.
         reward: Scores each batch of images when it is drawn, so that no more images are in memory
             than its own.
         seed: Decides the noise together with the epoch and the samples' global indices.
         batch: Images sampled at a time.
         on_host: Keep the trajectories in the host's memory, pinned if the device is a GPU.
+        keep_noise: Keep the noise predictions too.
     """
 
     def __init__(
-        self, model: LatentDiffusion, reward: Reward, seed: int, batch: int, on_host: bool
+        self,
+        model: LatentDiffusion,
+        schedule: DDIMSchedule,
+        reward: Reward,
+        seed: int,
+        batch: int,
+        on_host: bool,
+        keep_noise: bool = False,
     ) -> None:
-        self.model, self.reward = model, reward
+        self.model, self.schedule, self.reward = model, schedule, reward
         self.seed, self.batch, self.on_host = seed, batch, on_host
+        self.keep_noise = keep_noise
         self.epoch = 0
 
     @torch.no_grad()
@@ -67,9 +85,11 @@ class RolloutSampler:
             epoch: Decides the noise too.
         """
         self.epoch = epoch
-        n, steps, device = len(mine), self.model.schedule.steps, self.model.schedule.sigma.device
+        n, steps, device = len(mine), self.schedule.steps, self.schedule.sigma.device
         conditions = batch["condition"][mine].to(device)
         kept = torch.device("cpu") if self.on_host else device
+        pinned = self.on_host and device.type == "cuda"
+        noise_shape = (n, steps, *self.model.latent_shape) if self.keep_noise else (0,)
         rollout = Rollout(
             index=batch["index"][mine],
             prompts=[batch["prompt"][row] for row in mine.tolist()],
@@ -77,9 +97,10 @@ class RolloutSampler:
             latents=torch.empty(
                 (n, steps + 1, *self.model.latent_shape),
                 device=kept,
-                pin_memory=self.on_host and device.type == "cuda",
+                pin_memory=pinned,
             ),
             log_probs=torch.empty(n, steps, device=device),
+            noise=torch.empty(noise_shape, device=kept, pin_memory=pinned),
             scored=Rewards(torch.empty(0, device=device), {}),
             appearance=torch.empty(0, device=device),
         )
@@ -89,23 +110,19 @@ class RolloutSampler:
             images = self.model.decode(self.sample_batch(rollout, rows))
             earned.append(scored(self.reward, images, conditions[rows]))
             appearance.append(F.adaptive_avg_pool2d(images, 8).flatten(1))
-        values, *named = zip(*earned, strict=True)
-        parts, terms = (
-            {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-            for batches in named
-        )
-        whole = Rewards(torch.cat(values), parts, terms)
-        return replace(rollout, scored=whole, appearance=torch.cat(appearance))
+        return replace(rollout, scored=joined(earned), appearance=torch.cat(appearance))
 
     def sample_batch(self, rollout: Rollout, rows: slice) -> Tensor:
         """Sample some rows from x_T to x_0, keep every state, and return x_0, `(B, C, h, w)`."""
         noise_keys = keys(self.seed, "rollout", self.epoch, rollout.index[rows])
-        done, total = rows.start * self.model.schedule.steps, rollout.log_probs.numel()
-        for transition in self.model.trajectory(rollout.prompts[rows], noise_keys):
+        done, total = rows.start * self.schedule.steps, rollout.log_probs.numel()
+        for transition in self.model.trajectory(rollout.prompts[rows], noise_keys, self.schedule):
             if transition.step == 0:
                 rollout.latents[rows, 0] = transition.latents
             rollout.latents[rows, transition.step + 1] = transition.previous
             rollout.log_probs[rows, transition.step] = transition.log_prob.detach()
+            if self.keep_noise:
+                rollout.noise[rows, transition.step] = transition.noise
             done += len(noise_keys)
             progress.report("rollout", done, total)
             self.after_step(transition, rows)
@@ -196,12 +213,14 @@ def blank_rollout(steps: int, latent_shape: tuple[int, ...], device: torch.devic
         conditions=torch.zeros(1, 1, device=device),
         latents=torch.zeros(1, steps + 1, *latent_shape, device=device),
         log_probs=torch.zeros(1, steps, device=device),
+        noise=torch.zeros(1, steps, *latent_shape, device=device),
         scored=Rewards(torch.zeros(1, device=device), {}),
         appearance=torch.zeros(1, 192, device=device),
     )
 
 
-def blank_pairs(n: int, steps: int) -> Pairs:
-    """Return n pairs of the one sample of a blank rollout."""
+def blank_pairs(n: int, window: tuple[int, int]) -> Pairs:
+    """Return n pairs of the one sample of a blank rollout, over the steps of a window."""
+    first, end = window
     row = torch.zeros(n, dtype=torch.long)
-    return Pairs(row, torch.arange(n) % steps, torch.ones(n))
+    return Pairs(row, first + torch.arange(n) % (end - first), torch.ones(n))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_classifier
@@ -90,19 +91,36 @@ class AttributeMatch(Reward):
 
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images; the parts are the hits of each attribute, the terms what they earn."""
-        with torch.autocast(images.device.type, enabled=False):
-            logits = self.network.module(images.float())
-        hits = self.hits(logits, conditions).float()
+        hits = self.hits(self.read(images), conditions).float()
         if self.weights is None:
             value, earned = hits.mean(dim=1), hits / hits.shape[1]
         else:
-            earned = hits * torch.tensor(self.weights, device=hits.device) / sum(self.weights)
+            earned = hits * self.shares(hits)
             value = earned.sum(dim=1)
         parts, terms = (
             dict(zip(self.attributes, columns.unbind(dim=1), strict=True))
             for columns in (hits, earned)
         )
         return Rewards(value, parts, terms)
+
+    def loss(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return the cross-entropy of the network's reading with what was asked for, `(B,)`.
+
+        A share of hits has no gradient of its own; this is what classifiers are trained by instead.
+        """
+        logits = self.read(images)
+        each = F.binary_cross_entropy_with_logits(logits, conditions.float(), reduction="none")
+        return (each * self.shares(each)).sum(dim=1)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Return the network's logits, `(B, A)`, in float32 whatever the precision is."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network.module(images.float())
+
+    def shares(self, like: Tensor) -> Tensor:
+        """Return each attribute's share of the reward, `(A,)`, where `like`, `(B, A)`, is."""
+        weights = like.new_tensor(self.weights or [1.0] * like.shape[1])
+        return weights / weights.sum()
 
 
 class AttributeProbability(AttributeMatch):
@@ -117,3 +135,7 @@ class AttributeProbability(AttributeMatch):
     """
 
     hits = staticmethod(attribute_probability)
+
+    def loss(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return the reward's negative, `(B,)`."""
+        return -self(images, conditions).value

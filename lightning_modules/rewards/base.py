@@ -25,6 +25,16 @@ class Rewards(NamedTuple):
     terms: dict[str, Tensor] = {}  # noqa: RUF012 - nobody adds to it
 
 
+def joined(rewards: list[Rewards]) -> Rewards:
+    """Concatenate the rewards of batches."""
+    values, *named = zip(*rewards, strict=True)
+    parts, terms = (
+        {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in named
+    )
+    return Rewards(torch.cat(values), parts, terms)
+
+
 class Reward(nn.Module):
     """Scores images against conditions. Networks are loaded by `load`, not on construction."""
 
@@ -51,6 +61,36 @@ class Reward(nn.Module):
             conditions: What each image was asked to show, multi-hot `(B, A)`.
         """
         raise NotImplementedError
+
+    def loss(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return what falls as the reward rises, `(B,)`, differentiable by the images.
+
+        `DRaFT` trains by it. A reward without such a form leaves this method alone.
+
+        Args:
+            images: `(B, 3, H, W)` in [0, 1].
+            conditions: What each image was asked to show, multi-hot `(B, A)`.
+        """
+        raise NotImplementedError
+
+    def without_loss(self) -> list[str]:
+        """Name the classes, of this reward and its parts, that have no differentiable form."""
+        return [type(self).__name__] if type(self).loss is Reward.loss else []
+
+
+def require_loss(reward: Reward) -> None:
+    """Refuse a reward that has no differentiable form.
+
+    Raises:
+        UserError: naming the class, and what has one.
+    """
+    if lacking := reward.without_loss():
+        raise UserError(
+            f"the reward {reward.described()} has no gradient for DRaFT: {', '.join(lacking)} "
+            "defines no `loss(images, conditions)`. AttributeMatch, AttributeProbability, "
+            "Brightness and a RewardSum of them do; for any other take class_path: DDPO, or give "
+            "the class a loss, `(B,)`, that falls as the reward rises"
+        )
 
 
 def scored(reward: Reward, images: Tensor, conditions: Tensor) -> Rewards:

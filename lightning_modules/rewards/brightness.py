@@ -12,3 +12,7 @@ class Brightness(Reward):
         """Score images; the conditions do not matter."""
         value = images.mean(dim=(1, 2, 3))
         return Rewards(value, {}, {"brightness": value})
+
+    def loss(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return the reward's negative."""
+        return -images.mean(dim=(1, 2, 3))

@@ -45,6 +45,15 @@ class RewardSum(Reward):
         terms = " + ".join(f"{weight:g} {reward.described()}" for weight, reward in pairs)
         return f"{super().described()}({terms})"
 
+    def loss(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """Return the weighted sum of the rewards' losses."""
+        losses = [reward.loss(images, conditions) for reward in self.rewards]
+        return torch.stack([w * x for w, x in zip(self.weights, losses, strict=True)]).sum(dim=0)
+
+    def without_loss(self) -> list[str]:
+        """Name the parts that have no differentiable form."""
+        return [name for reward in self.rewards for name in reward.without_loss()]
+
     def forward(self, images: Tensor, conditions: Tensor) -> Rewards:
         """Score images; the terms are the weighted rewards, named by class and place."""
         earned = [scored(reward, images, conditions) for reward in self.rewards]

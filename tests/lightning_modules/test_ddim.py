@@ -169,3 +169,46 @@ def test_what_has_no_density_is_refused(options, steps, eta, says):
         DDIMSchedule(scheduler(**options), steps, eta)
     for part in says:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(50, 1.0), (8, 0.5)])
+def test_sensitivity_is_the_size_of_the_log_prob_s_derivative(steps, eta):
+    """Of a batch of one number, d log p / d noise is z c with the standard normal z of the draw."""
+    schedule = DDIMSchedule(scheduler(), steps, eta)
+    latents, draw = draws(0, steps, 1, 1, 1), draws(1, steps, 1, 1, 1)
+    noise, step = draws(2, steps, 1, 1, 1).requires_grad_(), torch.arange(steps)
+    mean = schedule.mean(latents, noise, step)
+    previous = (mean + schedule.sigma.view(-1, 1, 1, 1) * draw).detach()
+    log_prob = schedule.log_prob(previous, latents, noise, step)
+    (derivative,) = torch.autograd.grad(log_prob.sum(), noise)
+    found = schedule.sensitivity() * draw.flatten().abs()
+    torch.testing.assert_close(found, derivative.flatten().abs(), rtol=2e-3, atol=1e-6)
+
+
+def test_half_of_the_gradient_sits_in_one_step_of_fifty():
+    squares = DDIMSchedule(scheduler(), 50).sensitivity() ** 2
+    assert (squares[-2] / squares.sum()).item() == pytest.approx(0.49, abs=0.01)
+
+
+def test_outside_of_the_noisy_steps_it_is_deterministic_as_diffusers_at_eta_0():
+    theirs, schedule = scheduler(), DDIMSchedule(scheduler(), 8, noisy=(1, 3))
+    theirs.set_timesteps(8)
+    generators, again = ([generator(k) for k in (3, 4)] for _ in range(2))
+    latents = draws(0, 2, 4, 8, 8)
+    transitions = list(trajectory(schedule, lambda x, step: 0.5 * x, latents, generators))
+    expected = latents
+    for i, timestep in enumerate(theirs.timesteps):
+        noisy = i in (1, 2)
+        draw = randn_tensor(latents.shape, again) if noisy else None
+        expected = theirs.step(
+            0.5 * expected, timestep, expected, eta=float(noisy), variance_noise=draw
+        ).prev_sample
+        torch.testing.assert_close(transitions[i].previous, expected, rtol=1e-4, atol=1e-4)
+        assert bool((transitions[i].log_prob == 0).all()) is not noisy
+    assert schedule.sensitivity().isinf().tolist() == [i not in (1, 2) for i in range(8)]
+
+
+def test_a_last_step_without_noise_is_no_fault_where_none_is_drawn():
+    with pytest.raises(UserError, match="set_alpha_to_one"):
+        DDIMSchedule(scheduler(set_alpha_to_one=True), 10)
+    DDIMSchedule(scheduler(set_alpha_to_one=True), 10, noisy=(0, 5))

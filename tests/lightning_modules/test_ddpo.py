@@ -1,6 +1,8 @@
+import copy
 import math
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,8 +50,29 @@ def slow_transition(policy, unet, prompt, x, i):
     return a_p.sqrt() * origin + (1 - a_p - s**2).sqrt() * noise, s
 
 
-def slow_gradient(policy, rollout, rows, steps, advantages, weights):
-    """Eq. 2 with the clipped ratio, pair by pair: no batch, no shared code but the U-Net."""
+def slow_step_weights(policy):
+    """1 / c of each step of the window, by autograd, so that their mean is 1; all 1 by default."""
+    if policy.hparams.step_weights == "none":
+        return torch.ones(4)
+    x, inverse = torch.randn(1, 4, 8, 8), {}
+    for i in range(*policy.window_of_steps):
+        noise = torch.randn(1, 4, 8, 8, requires_grad=True)
+        mean, s = slow_transition(policy, lambda *_, noise=noise: Output(noise), "", x, i)
+        (by_noise,) = torch.autograd.grad(mean[0, 0, 0, 0], noise)
+        inverse[i] = s / by_noise[0, 0, 0, 0].abs()
+    return {i: w / torch.stack(list(inverse.values())).mean() for i, w in inverse.items()}
+
+
+class Output(NamedTuple):
+    sample: torch.Tensor
+
+
+def slow_gradient(policy, rollout, rows, steps, advantages, weights, first_weights):
+    """Eq. 2 within its trust region, pair by pair: no batch, no shared code but the U-Net."""
+    step_weights, sampling = slow_step_weights(policy), copy.deepcopy(policy.model.unet)
+    trained = [p for p in sampling.parameters() if p.requires_grad]
+    for p, weight in zip(trained, first_weights, strict=True):
+        p.data.copy_(weight)
     for p, weight in zip(policy.trained_parameters(), weights, strict=True):
         p.data.copy_(weight)
     policy.zero_grad()
@@ -64,6 +87,13 @@ def slow_gradient(policy, rollout, rows, steps, advantages, weights):
             ratio = (log_prob - rollout.log_probs[row, i]).exp()
             clipped = ratio.clamp(1 - below, 1 + above)
             loss = torch.max(-advantage * ratio, -advantage * clipped)
+            if policy.hparams.trust_region == "kl":
+                old, _ = slow_transition(policy, sampling, prompt, x, i)
+                moved = kl_divergence(Normal(mean, s), Normal(old, s)).mean()
+                onward = advantage * (ratio - 1) > 0
+                dropped = onward and moved > policy.hparams.max_kl
+                loss = 0 * ratio if dropped else -advantage * ratio
+            loss = loss * step_weights[i]
             if policy.hparams.kl_weight:
                 reference, _ = slow_transition(policy, base, prompt, x, i)
                 apart = kl_divergence(Normal(mean, s), Normal(reference, s)).mean()
@@ -74,15 +104,19 @@ def slow_gradient(policy, rollout, rows, steps, advantages, weights):
 
 LOSSES = {
     "lora": {"train": "lora"},
-    "full": {"train": "full"},
     # at first the policy is the reference, and their difference is rounding
+    "full": {"train": "full", "kl_weight": 3.0, "tolerance": 2e-4},
     "reference": {"kl_weight": 3.0, "tolerance": 2e-4},
-    "unguided": {"guidance_in_training": False, "old_log_probs": "training"},
-    "asymmetric": {"clip_range": (5e-5, 5e-4), "clip_dimensions": 2 * 4 * 8 * 8},
-    "window": {
-        "timestep_window": (2, 4), "timestep_fraction": 1.0, "gradient_checkpointing": True,
-        "trajectory": "host",
+    "unguided": {"guidance_in_training": False, "old_log_probs": "training", "training_steps": 3},
+    "asymmetric": {
+        "clip_range": (5e-5, 5e-4), "clip_dimensions": 2 * 4 * 8 * 8,
+        "step_weights": "equal", "timestep_window": (0, 3),
     },
+    "window": {
+        "timestep_window": (1, 3), "timestep_fraction": 1.0, "gradient_checkpointing": True,
+        "trajectory": "host", "rollout_noise": "window",
+    },
+    "kl": {"trust_region": "kl", "max_kl": 1e-5, "old_log_probs": "training"},
 }  # fmt: skip
 
 
@@ -100,12 +134,14 @@ def test_the_gradient_of_every_update_is_that_of_a_slow_loop(make, tmp_path, opt
     assert sorted(rollout.index.tolist()) == list(range(16))
     assert trainer.callback_metrics["policy/clip_fraction"] > 0
     assert len(policy.steps_taken) == 4
-    window = options.get("timestep_window", (0, 4))
+    window, kept = policy.window_of_steps, policy.trained_steps
     for number, (weights, gradients) in enumerate(policy.steps_taken):
         k, update = divmod(number, 2)
         rows = range(8 * update, 8 * update + 8)
-        steps = chosen_steps(rollout.index[list(rows)], window, 2, (42, 0, k)).tolist()
-        slow = slow_gradient(policy, rollout, rows, steps, advantages[list(rows)], weights)
+        steps = chosen_steps(rollout.index[list(rows)], window, kept, (42, 0, k)).tolist()
+        slow = slow_gradient(
+            policy, rollout, rows, steps, advantages[list(rows)], weights, policy.steps_taken[0][0]
+        )
         fast = flat(gradients)
         assert slow.norm() > 1e-5
         assert (fast - slow).norm() / slow.norm() < tolerance
@@ -417,11 +453,12 @@ def test_the_reference_is_the_policy_before_training_without_a_copy(make, tmp_pa
     x, step = policy.rollouts[0].latents[:2, 1], torch.tensor([1, 1])
     text = policy.model.embed([""] * 2)
     trainable = [p for p in policy.model.unet.parameters() if p.requires_grad]
-    found = policy.objective.reference_noise(x, step, text)
+    found = policy.objective.noise_before_training(x, step, text)
     # an empty prompt has nothing to be guided to
-    expected = base(x, policy.model.schedule.timesteps[step], text).sample
+    timestep = policy.model.schedule.timesteps[step]
+    expected = base(x, timestep, text).sample
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert (policy.model.predict_noise(x, step, text) - expected).abs().max() > 1e-4
+    assert (policy.model.predict_noise(x, timestep, text) - expected).abs().max() > 1e-4
     assert [p for p in policy.model.unet.parameters() if p.requires_grad] == trainable
     assert trainer.callback_metrics["policy/reference_kl"] > 0
 

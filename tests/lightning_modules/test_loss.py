@@ -6,6 +6,9 @@ import torch
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.lightning_modules.policy_gradient.objective import (
     clipped_policy_loss,
+    divergence_limited_loss,
+    equal_weights,
+    require_no_divergence,
     require_unit_ratio,
 )
 
@@ -27,7 +30,7 @@ def test_loss_against_a_slow_scalar_loop():
         loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - CLIP), 1 + CLIP))
         assert fast.loss[i].item() == pytest.approx(loss, abs=1e-6)
         assert fast.ratio[i].item() == pytest.approx(ratio, rel=1e-5)
-        assert fast.approximate_kl[i].item() == pytest.approx(ratio - 1 - d, abs=1e-6)
+        assert fast.sampling_kl[i].item() == pytest.approx(ratio - 1 - d, abs=1e-6)
 
 
 def test_the_gradient_is_zero_exactly_where_the_clip_holds():
@@ -40,6 +43,34 @@ def test_the_gradient_is_zero_exactly_where_the_clip_holds():
         )
         assert bool(fast.clipped[i]) is beyond
         assert (new.grad[i].item() == 0) is (beyond or advantage == 0)
+
+
+def test_a_pair_is_dropped_only_where_it_is_too_far_and_would_go_on():
+    cases = [(d, a, kl) for d in (-0.5, 0.0, 0.5) for a in (-1.0, 0.0, 2.0) for kl in (0.1, 0.3)]
+    new = torch.tensor([d for d, *_ in cases], requires_grad=True)
+    advantage, kl = (torch.tensor(column) for column in list(zip(*cases, strict=True))[1:])
+    found = divergence_limited_loss(new, torch.zeros(len(cases)), advantage, kl, max_kl=0.2)
+    found.loss.sum().backward()
+    for i, (d, a, far) in enumerate(cases):
+        onward = (d > 0 and a > 0) or (d < 0 and a < 0)
+        assert bool(found.clipped[i]) is (far > 0.2 and onward)
+        expected = 0.0 if far > 0.2 and onward else -a * math.exp(d)
+        assert new.grad[i].item() == pytest.approx(expected)
+        assert found.loss[i].item() == pytest.approx(-a * math.exp(d))
+
+
+def test_rounding_that_max_kl_would_take_for_a_change_is_refused():
+    require_no_divergence(1e-7, 1e-6, "32-true")
+    for kl in (1e-6, float("nan")):
+        with pytest.raises(UserError, match="bf16-mixed is too low for it"):
+            require_no_divergence(kl, 1e-6, "bf16-mixed")
+
+
+def test_equal_weights_have_mean_one_over_the_trained_steps_and_even_them_out():
+    sensitivity = torch.tensor([0.5, 1.0, 4.0, 8.0])
+    weights = equal_weights(sensitivity, (1, 4))
+    assert weights.tolist() == pytest.approx([0, 24 / 11, 6 / 11, 3 / 11])
+    assert torch.equal(equal_weights(torch.full((3,), 7.0), (0, 3)), torch.ones(3))
 
 
 def test_the_unclipped_gradient_is_equation_2():

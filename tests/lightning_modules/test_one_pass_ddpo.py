@@ -48,11 +48,17 @@ def fit(module, folder, epochs=2, **options):
     "options",
     [
         {},
-        {"guidance": 1.0, "timestep_fraction": 0.5, "micro_batch": 3, "sample_batch": 3},
-        {"timestep_window": (1, 3), "baseline": "none", "gradient_checkpointing": True},
+        {
+            "guidance": 1.0, "timestep_fraction": 0.5, "micro_batch": 3, "sample_batch": 3,
+            "training_steps": 3,
+        },
+        {
+            "timestep_window": (1, 3), "baseline": "none", "gradient_checkpointing": True,
+            "rollout_noise": "window", "step_weights": "equal",
+        },
     ],
     ids=["plain", "fraction", "window"],
-)
+)  # fmt: skip
 def test_one_pass_takes_the_gradients_of_two(make, tmp_path, options):
     two, one = make(**options), make(kind=RecordedOnePass, **options)
     fit(two, tmp_path)
@@ -91,6 +97,7 @@ def test_the_unet_runs_once_for_each_action(make, tmp_path):
         ({"updates": 2}, "updates=2"),
         ({"inner_epochs": 2}, "inner_epochs=2"),
         ({"kl_weight": 0.1}, r"kl_weight=0\.1"),
+        ({"trust_region": "kl"}, "trust_region='kl'"),
         ({"compile": "inductor"}, "compile='inductor'"),
         ({"guidance_in_training": False, "old_log_probs": "training"}, "guidance_in_training"),
     ],

@@ -1,7 +1,7 @@
 import pytest
 
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.lightning_modules import DDPO
+from rl4med_ddpo.lightning_modules import DDPO, DRaFT
 from rl4med_ddpo.lightning_modules.policy_gradient.options import (
     RANGES,
     clip_pair,
@@ -11,7 +11,7 @@ from rl4med_ddpo.lightning_modules.policy_gradient.options import (
 
 def test_the_defaults_are_in_range():
     require_options(DDPO().hparams)
-    assert RANGES.keys() <= DDPO().hparams.keys()
+    assert RANGES.keys() <= DDPO().hparams.keys() | DRaFT().hparams.keys()
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ def test_the_defaults_are_in_range():
         ({"max_skipped": -1}, "max_skipped=-1: allowed is at least 0; try --model.max_skipped 3"),
         ({"micro_batch": 0}, "micro_batch=0: allowed is at least 1"),
         ({"sample_batch": -1}, "sample_batch=-1: allowed is at least 1"),
+        ({"max_kl": 0}, "max_kl=0: allowed is above 0; try --model.max_kl 1e-05"),
+        ({"training_steps": 0}, "training_steps=0: allowed is at least 1"),
         ({"updates": 0}, "updates=0: allowed is at least 1; try --model.updates 2"),
         ({"guidance": -1}, "guidance=-1: allowed is at least 0"),
     ],
@@ -52,7 +54,8 @@ def test_all_that_is_wrong_is_named_at_once():
         ({"timestep_window": (10, 51)}, ["timestep_window=[10, 51]", "[0, 50]"]),
         ({"clip_range": 0.0}, ["clip_range=0.0", "try --model.clip_range 0.0001"]),
         ({"clip_range": (1.0, 0.1)}, ["clip_range=(1.0, 0.1)", "(0, 1) below"]),
-        ({"kl_weight": 0.1, "train": "full"}, ["second copy", "train: lora"]),
+        ({"rollout_noise": "window"}, ["timestep_window [0, 25]", "rollout_noise: all"]),
+        ({"training_steps": 8, "timestep_window": (0, 9)}, ["of 8 steps", "[4, 8]"]),
         ({"guidance_in_training": False}, ["guidance_in_training", "old_log_probs: training"]),
     ],
 )
