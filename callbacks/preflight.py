@@ -1,5 +1,6 @@
-"""What an epoch of DDPO will do, counted and estimated before the first rollout."""
+"""What an epoch of DDPO or DRaFT will do, counted and estimated before the first sample."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from rl4med_ddpo.lightning_modules.ddpo import DDPO
+from rl4med_ddpo.lightning_modules.draft import DRaFT
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
 from rl4med_ddpo.lightning_modules.policy_gradient.rollout import blank_pairs, blank_rollout
 
 
 class Preflight(Callback):
-    """Prints the sizes of an epoch and its estimated seconds before DDPO's first rollout.
+    """Prints the sizes of an epoch and its estimated seconds before DDPO or DRaFT draw a sample.
 
     Other modules pass unnoticed.
     """
@@ -30,14 +32,18 @@ class Preflight(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count and time before the first rollout."""
-        if self.is_done or not isinstance(pl_module, DDPO):
+        """Count and time before the first sample."""
+        if self.is_done or not isinstance(pl_module, DDPO | DRaFT):
             return
         self.is_done = True
-        epoch = pl_module.epoch_of(len(batch["prompt"]))
+        samples = len(batch["prompt"])
         with trainer.precision_plugin.forward_context():
-            step, training = measured(pl_module, epoch)
-        rank_zero_info(table(epoch, *seconds_of(epoch, step, training)))
+            if isinstance(pl_module, DRaFT):
+                said = draft_table(pl_module, samples, seconds_of_a_pass(pl_module))
+            else:
+                epoch = pl_module.epoch_of(samples)
+                said = table(epoch, *seconds_of(epoch, *measured(pl_module, epoch)))
+        rank_zero_info(said)
 
 
 def measured(policy: DDPO, epoch: Epoch) -> tuple[float, float]:
@@ -57,6 +63,62 @@ def measured(policy: DDPO, epoch: Epoch) -> tuple[float, float]:
         torch.autograd.grad(loss, policy.trained_parameters())
 
     return seconds(sample, policy.device), seconds(train, policy.device)
+
+
+def seconds_of_a_pass(policy: DRaFT) -> float:
+    """Estimate the seconds of a forward and backward pass from one step of each kind."""
+    model, n = policy.model, policy.micro_batch
+    text, schedule = model.embed([""] * n), model.schedule
+    latents = torch.zeros(n, *model.latent_shape, device=policy.device)
+    conditions = torch.zeros(n, policy.attributes, device=policy.device)
+
+    def plain() -> None:
+        with torch.no_grad():
+            policy.sampler.follow(latents, latents, 0, text)
+
+    def differentiated() -> None:
+        plain()
+        last = policy.sampler.follow(latents, latents, schedule.steps - 1, text)
+        torch.autograd.grad(last.sum(), policy.trained_parameters())
+
+    def scored() -> None:
+        states = latents.clone().requires_grad_()
+        loss = policy.reward.loss(model.decode(states), conditions).sum()
+        torch.autograd.grad(loss, states)
+
+    back = policy.sampler.last_steps
+    each = [seconds(run, policy.device) for run in (plain, differentiated, scored)]
+    # the change since the start is measured in one state, by a step of either kind
+    penalty = each[0] + each[1] if policy.sampler.start is not None else 0.0
+    return (schedule.steps - back) * each[0] + back * each[1] + each[2] + penalty
+
+
+def draft_table(policy: DRaFT, samples: int, a_pass: float) -> str:
+    """Lay out the numbers of an epoch of DRaFT, one a line.
+
+    Args:
+        policy: What is trained.
+        samples: Of an epoch, over all processes.
+        a_pass: Seconds of a forward and backward pass.
+    """
+    ranks, updates = policy.trainer.world_size, policy.hparams.updates
+    passes = math.ceil(samples // ranks // updates / policy.micro_batch)
+    steps, back = policy.model.schedule.steps, policy.sampler.last_steps
+    rows = [
+        ("samples", f"{samples:,}", "an epoch, by all processes"),
+        ("samples a process", f"{samples // ranks:,}", f"on {ranks} processes"),
+        ("optimizer steps", f"{updates:,}", f"of {samples // updates:,} samples each"),
+        ("micro-batches", f"{passes:,}", f"an update, of {policy.micro_batch} images"),
+        ("steps", f"{steps:,}", f"an image, the last {back} with a gradient"),
+        ("reductions", f"{updates:,}", "of the gradients, one an optimizer step"),
+        ("seconds", f"{updates * passes * a_pass:,.1f}", "estimated"),
+    ]
+    return "\n".join(["An epoch of DRaFT:", *map(_line, rows)])
+
+
+def _line(row: tuple[str, str, str]) -> str:
+    name, number, note = row
+    return f"  {name:<18}{number:>12}   {note}"
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -98,18 +160,14 @@ def table(epoch: Epoch, sampling: float, training: float) -> str:
     """
     megabytes = epoch.samples_per_rank * epoch.latent_bytes / 1e6
     rows = [
-        ("samples", epoch.samples, "an epoch, by all processes"),
-        ("samples a process", epoch.samples_per_rank, f"on {epoch.ranks} processes"),
-        ("batches", epoch.batches, f"of {epoch.sample_batch} images, {epoch.steps} steps each"),
-        ("optimizer steps", epoch.optimizer_steps, f"{epoch.inner_epochs} x {epoch.updates}"),
-        ("micro-batches", epoch.passes, f"an update, of {epoch.micro_batch} (sample, step) pairs"),
-        ("reductions", epoch.optimizer_steps, "of the gradients, one an optimizer step"),
+        ("samples", f"{epoch.samples:,}", "an epoch, by all processes"),
+        ("samples a process", f"{epoch.samples_per_rank:,}", f"on {epoch.ranks} processes"),
+        ("batches", f"{epoch.batches:,}", f"of {epoch.sample_batch} images, {epoch.steps} steps each"),
+        ("optimizer steps", f"{epoch.optimizer_steps:,}", f"{epoch.inner_epochs} x {epoch.updates}"),
+        ("micro-batches", f"{epoch.passes:,}", f"an update, of {epoch.micro_batch} (sample, step) pairs"),
+        ("reductions", f"{epoch.optimizer_steps:,}", "of the gradients, one an optimizer step"),
         ("latents", f"{megabytes:,.1f} MB", "host" if epoch.on_host else "device"),
         ("seconds", f"{sampling + training:,.1f}",
          f"estimated: {sampling:,.1f} sampling, {training:,.1f} training at most"),
     ]  # fmt: skip
-    lines = [
-        f"  {name:<18}{number if isinstance(number, str) else f'{number:,}':>12}   {note}"
-        for name, number, note in rows
-    ]
-    return "\n".join(["An epoch of DDPO:", *lines])
+    return "\n".join(["An epoch of DDPO:", *map(_line, rows)])

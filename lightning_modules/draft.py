@@ -211,14 +211,13 @@ class DRaFT(RewardFineTuning):
 
     def fitting_micro_batch(self, samples: int) -> int:
         """Find the largest micro-batch, up to some samples, that fits into memory on every rank."""
-        attributes = len(self.scorer.judge.module.vocabulary.attributes)
 
         def of_a_step(n: int) -> Tensor:
             """Run what a pass holds at once, and a little more: a step, the decoder, the reward."""
             latents = torch.zeros(n, *self.model.latent_shape, device=self.device)
             text = self.model.embed([""] * n)
             last = self.sampler.follow(latents, latents, self.model.schedule.steps - 1, text)
-            conditions = torch.zeros(n, attributes, device=self.device)
+            conditions = torch.zeros(n, self.attributes, device=self.device)
             return self.reward.loss(self.model.decode(last), conditions).sum()
 
         fitting = largest_micro_batch(of_a_step, samples, free_memory(self.device))

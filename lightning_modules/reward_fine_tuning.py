@@ -116,6 +116,11 @@ class RewardFineTuning(TextToImage):
             with torch.device("cpu"):
                 self.start = Frozen(self.unet_before_training())
 
+    @property
+    def attributes(self) -> int:
+        """Number of attributes that a prompt may ask for."""
+        return len(self.scorer.judge.module.vocabulary.attributes)
+
     def make_scorer(self) -> PolicyScorer:
         """Load the judge, which must be another network than the reward's."""
         judge = load_classifier(self.hparams.judge, heads="any_of")
@@ -156,8 +161,7 @@ class RewardFineTuning(TextToImage):
 
     def try_reward(self, device: torch.device) -> None:
         """Refuse a reward that does not return what a reward should."""
-        attributes = len(self.scorer.judge.module.vocabulary.attributes)
-        require_form(self.reward, self.model.image_size, attributes, device)
+        require_form(self.reward, self.model.image_size, self.attributes, device)
 
     def order(self, batch: dict[str, Any]) -> Tensor:
         """Shuffle the samples of an epoch, `(M,)`: position i is rank i mod W's.

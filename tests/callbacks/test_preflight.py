@@ -1,12 +1,13 @@
 import logging
+import re
 
 import pytest
 import torch
 
 from rl4med_ddpo.callbacks.preflight import Preflight, seconds, seconds_of, table
-from rl4med_ddpo.lightning_modules import Brightness
+from rl4med_ddpo.lightning_modules import Brightness, DRaFT
 from rl4med_ddpo.lightning_modules.policy_gradient.epoch import Epoch
-from support.tiny import RecordedDDPO, prompts, tiny_ddpo
+from support.tiny import RecordedDDPO, prompts, tiny_ddpo, tiny_draft
 from support.trainers import quiet_trainer
 
 PAPER = Epoch(
@@ -33,6 +34,29 @@ def test_the_table_says_all_of_it():
     }  # fmt: skip
     assert rows["latents"] == ["213.9", "MB", "host"]
     assert "75.0 sampling, 64.2 training" in said
+
+
+def test_draft_says_what_it_then_does(tiny_pipeline, tiny_classifiers, tmp_path, caplog):
+    passes = []
+
+    class Counted(DRaFT):
+        def losses(self, batch, rows):
+            passes.append(len(rows))
+            return super().losses(batch, rows)
+
+    policy = tiny_draft(tiny_pipeline, tiny_classifiers, kind=Counted, last_steps=3, micro_batch=3)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Preflight()])
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        trainer.fit(policy, datamodule=prompts(16))
+    said = caplog.text[caplog.text.index("An epoch of DRaFT") :]
+    numbers = dict(re.findall(r"^  ([a-z -]+?) {2,}([\d.,]+) ", said, flags=re.MULTILINE))
+    assert float(numbers.pop("seconds")) > 0
+    assert numbers == {
+        "samples": "16", "samples a process": "16", "optimizer steps": "2",
+        "micro-batches": "3", "steps": "4", "reductions": "2",
+    }  # fmt: skip
+    assert passes == [3, 3, 2] * 2
 
 
 def test_before_the_first_rollout_the_table_says_what_the_run_then_does(

@@ -1,5 +1,7 @@
 """DRaFT: its gradient, its memory, its start, its resume, and what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,32 +11,18 @@ from rl4med_ddpo.lightning_modules import (
     AttributeMatch,
     AttributeProbability,
     Brightness,
-    DRaFT,
 )
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import saved_bytes
 from rl4med_ddpo.lightning_modules.rewards import Reward, Rewards, RewardSum
 from support.dermoscopy import PROMPTS
-from support.tiny import distance, prompts, state_of
+from support.tiny import distance, prompts, state_of, tiny_draft
 from support.trainers import quiet_trainer
 
 
 @pytest.fixture
 def make(tiny_pipeline, tiny_classifiers):
-    def made(**options):
-        defaults = {
-            "pipeline": tiny_pipeline,
-            "judge": tiny_classifiers["judge"],
-            "reward": AttributeMatch(tiny_classifiers["reward"]),
-            "steps": 4,
-            "guidance": 3.0,
-            "updates": 2,
-            "sample_batch": 8,
-            "micro_batch": 4,
-        }
-        return DRaFT(**(defaults | options))
-
-    return made
+    return partial(tiny_draft, tiny_pipeline, tiny_classifiers)
 
 
 def fit(module, folder, epochs=1, **options):

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule
-from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMatch
+from rl4med_ddpo.lightning_modules import DDPO, AttributeClassifier, AttributeMatch, DRaFT
 from support.dermoscopy import CONDITIONS, PROMPTS
 from support.trainers import quiet_trainer
 
@@ -66,6 +66,20 @@ def tiny_ddpo(pipeline, classifiers, kind=RecordedDDPO, **options):
         "micro_batch": 8,
         # every group's ties are broken by its odd samples, so that many pairs train
         "std_floor": 0.01,
+    }
+    return kind(**(defaults | options))
+
+
+def tiny_draft(pipeline, classifiers, kind=DRaFT, **options):
+    defaults = {
+        "pipeline": pipeline,
+        "judge": classifiers["judge"],
+        "reward": AttributeMatch(classifiers["reward"]),
+        "steps": 4,
+        "guidance": 3.0,
+        "updates": 2,
+        "sample_batch": 8,
+        "micro_batch": 4,
     }
     return kind(**(defaults | options))
 
