@@ -105,20 +105,21 @@ def draft_table(policy: DRaFT, samples: int, a_pass: float) -> str:
     passes = math.ceil(samples // ranks // updates / policy.micro_batch)
     steps, back = policy.model.schedule.steps, policy.sampler.last_steps
     rows = [
-        ("samples", f"{samples:,}", "an epoch, by all processes"),
-        ("samples a process", f"{samples // ranks:,}", f"on {ranks} processes"),
-        ("optimizer steps", f"{updates:,}", f"of {samples // updates:,} samples each"),
-        ("micro-batches", f"{passes:,}", f"an update, of {policy.micro_batch} images"),
-        ("steps", f"{steps:,}", f"an image, the last {back} with a gradient"),
-        ("reductions", f"{updates:,}", "of the gradients, one an optimizer step"),
+        ("samples", samples, "an epoch, by all processes"),
+        ("samples a process", samples // ranks, f"on {ranks} processes"),
+        ("optimizer steps", updates, f"of {samples // updates:,} samples each"),
+        ("micro-batches", passes, f"an update, of {policy.micro_batch} images"),
+        ("steps", steps, f"an image, the last {back} with a gradient"),
+        ("reductions", updates, "of the gradients, one an optimizer step"),
         ("seconds", f"{updates * passes * a_pass:,.1f}", "estimated"),
     ]
     return "\n".join(["An epoch of DRaFT:", *map(_line, rows)])
 
 
-def _line(row: tuple[str, str, str]) -> str:
+def _line(row: tuple[str, str | int, str]) -> str:
     name, number, note = row
-    return f"  {name:<18}{number:>12}   {note}"
+    shown = number if isinstance(number, str) else f"{number:,}"
+    return f"  {name:<18}{shown:>12}   {note}"
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -160,12 +161,12 @@ def table(epoch: Epoch, sampling: float, training: float) -> str:
     """
     megabytes = epoch.samples_per_rank * epoch.latent_bytes / 1e6
     rows = [
-        ("samples", f"{epoch.samples:,}", "an epoch, by all processes"),
-        ("samples a process", f"{epoch.samples_per_rank:,}", f"on {epoch.ranks} processes"),
-        ("batches", f"{epoch.batches:,}", f"of {epoch.sample_batch} images, {epoch.steps} steps each"),
-        ("optimizer steps", f"{epoch.optimizer_steps:,}", f"{epoch.inner_epochs} x {epoch.updates}"),
-        ("micro-batches", f"{epoch.passes:,}", f"an update, of {epoch.micro_batch} (sample, step) pairs"),
-        ("reductions", f"{epoch.optimizer_steps:,}", "of the gradients, one an optimizer step"),
+        ("samples", epoch.samples, "an epoch, by all processes"),
+        ("samples a process", epoch.samples_per_rank, f"on {epoch.ranks} processes"),
+        ("batches", epoch.batches, f"of {epoch.sample_batch} images, {epoch.steps} steps each"),
+        ("optimizer steps", epoch.optimizer_steps, f"{epoch.inner_epochs} x {epoch.updates}"),
+        ("micro-batches", epoch.passes, f"an update, of {epoch.micro_batch} (sample, step) pairs"),
+        ("reductions", epoch.optimizer_steps, "of the gradients, one an optimizer step"),
         ("latents", f"{megabytes:,.1f} MB", "host" if epoch.on_host else "device"),
         ("seconds", f"{sampling + training:,.1f}",
          f"estimated: {sampling:,.1f} sampling, {training:,.1f} training at most"),
