@@ -31,7 +31,7 @@ from rl4med_ddpo.foundation.hashes import has_weights, weights_digest
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
 from rl4med_ddpo.lightning_modules.trained_weights import weights_file
-from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers
+from rl4med_ddpo.metrics.alignment import alignment, prompt_numbers, reader_of_all
 from rl4med_ddpo.metrics.copies import thumbnails
 from rl4med_ddpo.metrics.distribution import distribution_scores
 from rl4med_ddpo.metrics.intervals import cluster_numbers, clustered_mean
@@ -77,7 +77,7 @@ class Evaluation(Callback):
         manifest = pd.read_csv(self.samples.root / MANIFEST).sort_values("id", ignore_index=True)
         results = {
             "kind": "samples",
-            "model": "SD+RL" if pl_module.trained_from else "SD",
+            "model": pl_module.model_name if pl_module.trained_from else "SD",
             **alignment(manifest, self.vocabulary),
             "vocabulary": asdict(self.vocabulary),
             "unavailable": self.unavailable,
@@ -92,7 +92,9 @@ class Evaluation(Callback):
             return
         matrix = leak_matrix(manifest, self.vocabulary)
         write_csv(folder / "leakage.csv", matrix)
-        leakage_figure({results["model"]: matrix}, folder / "leakage.png", self.vocabulary)
+        by_reward = {results["model"]: reader_of_all(manifest, self.vocabulary) == "reward"}
+        path = folder / "leakage.png"
+        leakage_figure({results["model"]: matrix}, path, self.vocabulary, by_reward)
         path = write_results(products_folder(trainer), results)
         missing = "".join(
             f"\n  not computed: {why}" for why in dict.fromkeys(self.unavailable.values())

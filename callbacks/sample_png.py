@@ -30,7 +30,9 @@ def sample_id(name: str, index: int) -> str:
 def rows_of(samples: Samples, seed: int, vocabulary: Vocabulary) -> list[Row]:
     """Lay samples out as rows of the manifest; the networks' readings are probabilities."""
     columns = _columns(samples.judge_logits)
-    readings = {f"judge_{a}": p for a, p in zip(vocabulary.any_of, columns, strict=True)}
+    # a judge reads all attributes, or the first ones, of which an image may show any
+    heads = vocabulary.attributes[: len(columns)]
+    readings = {f"judge_{a}": p for a, p in zip(heads, columns, strict=True)}
     if samples.reward_logits is not None:
         columns = _columns(samples.reward_logits)
         readings = {

@@ -16,6 +16,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities import rank_zero_info
 
 from rl4med_ddpo import callbacks
+from rl4med_ddpo.callbacks.frontier import Frontier
 from rl4med_ddpo.callbacks.preflight import Preflight
 from rl4med_ddpo.command_line.parser import ConfigFile
 from rl4med_ddpo.command_line.trainer_options import (
@@ -272,6 +273,7 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(DiskSpaceCheck, "run_folder")
         parser.add_lightning_class_args(ModelCheckpoint, "newest_checkpoint")
+        parser.add_lightning_class_args(Frontier, "frontier")
         parser.set_defaults(DEFAULTS)
         # what the data's conditions mean; models that do not ask for it are left alone
         parser.link_arguments("data.init_args.vocabulary", "model.init_args.vocabulary")

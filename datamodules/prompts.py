@@ -150,15 +150,15 @@ class ISICPromptDataModule(ISICDataModule):
     def val_dataloader(self) -> PromptLoader | list[PromptLoader]:
         """Yield each prompt `validation_samples_per_prompt` times; no loader at all for 0."""
         n = self.validation_samples_per_prompt
-        return self._eval_loader(n, self.eval_batch_size) if n else []
+        return self.eval_loader(n, self.eval_batch_size) if n else []
 
     def test_dataloader(self) -> PromptLoader:
         """Yield each prompt `test_samples_per_prompt` times."""
-        return self._eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
+        return self.eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
 
     def predict_dataloader(self) -> PromptLoader:
         """Yield the same prompts as for testing, in the same batches."""
-        return self._eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
+        return self.eval_loader(self.test_samples_per_prompt, self.predict_batch_size)
 
     def _draw(self) -> Tensor:
         if not self.draws_from_train:
@@ -171,7 +171,8 @@ class ISICPromptDataModule(ISICDataModule):
         """Return n rows, each prompt in turn, so that a greater n leaves the first ones as is."""
         return self.rows[torch.arange(n) % len(self.rows)]
 
-    def _eval_loader(self, samples_per_prompt: int, chunk_size: int) -> PromptLoader:
+    def eval_loader(self, samples_per_prompt: int, chunk_size: int) -> PromptLoader:
+        """Yield each prompt so many times, in batches of at most `chunk_size`."""
         n = samples_per_prompt * len(self.rows)
         return PromptLoader(self.vocabulary, lambda: self._balanced(n), n, chunk_size)
 

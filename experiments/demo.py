@@ -128,10 +128,11 @@ def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
 @torch.no_grad()
 def ceiling(run: Path) -> dict[str, Any]:
     """Score real images as if they were samples: no generator can be read better than these."""
-    judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", heads="any_of")
+    judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", heads="judge")
     real = ISICDataModule(str(run / "balanced"), size=64).dataset("test")
+    several = slice(len(judge.vocabulary.any_of))
     right = [
-        as_asked(judge(batch["image"]) > 0, batch["condition"][:, judge.columns].bool())
+        as_asked(judge(batch["image"])[:, several] > 0, batch["condition"][:, several].bool())
         for batch in DataLoader(real, batch_size=256)
     ]
     correct, n = int(torch.cat(right).sum()), len(real)

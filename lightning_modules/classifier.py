@@ -256,14 +256,14 @@ class AttributeClassifier(L.LightningModule):
 
 
 def load_classifier(
-    path: str | Path, heads: Literal["all", "any_of"] | None = None
+    path: str | Path, heads: Literal["all", "judge"] | None = None
 ) -> AttributeClassifier:
     """Load a trained classifier for use: eval mode, frozen, float32, nothing fetched.
 
     Args:
         path: Checkpoint that `fit` wrote.
-        heads: Attributes that the caller needs read: `all` of its vocabulary, those of `any_of`, or
-            whichever it reads (None).
+        heads: Attributes that the caller needs read: `all` of its vocabulary; those a `judge` may
+            have, all or those of `any_of`; or whichever it reads (None).
 
     Raises:
         UserError: if the file is missing, damaged, no classifier's, or has other heads.
@@ -304,17 +304,18 @@ def require_same_attributes(data: Vocabulary, readers: dict[str, Vocabulary]) ->
 
 
 def _require_heads(
-    classifier: AttributeClassifier, heads: Literal["all", "any_of"] | None, path: Path
+    classifier: AttributeClassifier, heads: Literal["all", "judge"] | None, path: Path
 ) -> None:
     vocabulary, found = classifier.vocabulary, classifier.attributes
-    needed = {"all": vocabulary.attributes, "any_of": vocabulary.any_of, None: found}[heads]
-    if found != needed:
+    every, several = vocabulary.attributes, vocabulary.any_of
+    allowed = {"all": [every], "judge": [every, several], None: [found]}[heads]
+    if found not in allowed:
+        needed = "\n".join(f"  needed ({len(a)}): {', '.join(a)}" for a in dict.fromkeys(allowed))
         raise UserError(
-            f"the classifier {path} has other heads than needed.\n"
-            f"  needed ({len(needed)}): {', '.join(needed)}\n"
+            f"the classifier {path} has other heads than needed.\n{needed}\n"
             f"  found  ({len(found)}): {', '.join(found)}\n"
-            "  The reward network reads all attributes (classifier.yaml), the judge those that an "
-            "image may show any of (judge.yaml)"
+            "  The reward network reads all attributes (classifier.yaml), the judge all, or those "
+            "that an image may show any of (judge.yaml)"
         )
 
 

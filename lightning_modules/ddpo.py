@@ -123,7 +123,7 @@ class DDPO(RewardFineTuning):
         seed: Decides every draw together with the epoch and the sample's global index.
     """
 
-    configuration = "ddpo.yaml"
+    configuration, model_name = "ddpo.yaml", "SD+RL"
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class DRaFT(RewardFineTuning):
         seed: Decides every draw together with the epoch and the sample's global index.
     """
 
-    configuration = "draft.yaml"
+    configuration, model_name = "draft.yaml", "SD+DRaFT"
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, require_
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.lightning_modules.trained_weights import announce
+from rl4med_ddpo.metrics.apr import as_asked
 
 
 class RewardFineTuning(TextToImage):
@@ -55,6 +56,8 @@ class RewardFineTuning(TextToImage):
     optimizers: Callable[[], LightningOptimizer]
     configuration: str
     """The shipped configuration that trains with this class."""
+    model_name: str
+    """What the trained model is called in tables and figures."""
 
     def __init__(self, reward: Reward, optimizer: OptimizerCallable) -> None:
         super().__init__()
@@ -123,7 +126,7 @@ class RewardFineTuning(TextToImage):
 
     def make_scorer(self) -> PolicyScorer:
         """Load the judge, which must be another network than the reward's."""
-        judge = load_classifier(self.hparams.judge, heads="any_of")
+        judge = load_classifier(self.hparams.judge, heads="judge")
         readers = {f"the judge {self.hparams.judge}": judge.vocabulary}
         require_independent(judge, self.reward, self.hparams.judge)
         for number, network in enumerate(self.reward.classifiers(), start=1):
@@ -257,6 +260,8 @@ class RewardFineTuning(TextToImage):
     def on_validation_epoch_end(self) -> None:
         """Log the scores over all processes, and the divergence that they were bought with."""
         self.log("val/apr", self.scorer.apr.compute().rate, prog_bar=True)
+        if self.scorer.apr6 is not None:
+            self.log("val/apr6", self.scorer.apr6.compute().rate)
         self.log("val/reward", self.scorer.mean_reward.compute())
         self.log("val/sqrt_kl", self.scorer.divergence.compute().sqrt())
         self.scorer.reset()
@@ -312,6 +317,37 @@ class RewardFineTuning(TextToImage):
             reward_logits=self.read_by_reward(shown.split(size)),
             judge_logits=torch.cat([self.scorer.judge(x) for x, _ in passes]),
         )
+
+    def read_samples(
+        self, batch: dict[str, Any], purpose: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw the images of a batch and read them with the judge.
+
+        Args:
+            batch: Of prompts.
+            purpose: Decides the noise: `validation` or `test`.
+
+        Returns:
+            Whether each shows what was asked for, of the attributes of which it may show any, and
+            its prompt's number, `(B,)` each; its features in the judge's last layer, `(B, D)`; its
+            reward, `(B,)`. On the CPU.
+        """
+        n = len(batch["prompt"])
+        rows = filled_rows(n, self.hparams.sample_batch)
+        filled: dict[str, Any] = {name: _rows(column, rows) for name, column in batch.items()}
+        noise_keys = keys(self.hparams.seed, purpose, 0, filled["index"])
+        images = to_eight_bits(self.generate(filled["prompt"], noise_keys)).float() / 255
+        conditions = filled["condition"].to(self.device)
+        judge, several = self.scorer.judge.module, slice(self.scorer.several)
+        read: list[list[Tensor]] = []
+        for shown, asked in zip(
+            *(x.split(self.hparams.sample_batch) for x in (images, conditions)), strict=True
+        ):
+            present = judge(shown)[:, several] > 0
+            hits = as_asked(present, asked[:, several].bool())
+            read.append([hits, judge.features(shown), self.reward_of(shown, asked)])
+        hits, features, rewards = (torch.cat(c)[:n].cpu() for c in zip(*read, strict=True))
+        return hits, batch["prompt_id"], features, rewards
 
     def read_by_reward(self, batches: Sequence[Tensor]) -> Tensor | None:
         """Return the logits, `(N, A)`, of the reward's first network that reads all attributes."""

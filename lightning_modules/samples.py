@@ -19,7 +19,7 @@ class Samples:
         images: `(B, 3, H, W)` uint8.
         reward: `(B,)`.
         reward_logits: What the reward's network read, `(B, A)`; None if it has no network.
-        judge_logits: What the judge read, `(B, 4)`.
+        judge_logits: What the judge read, `(B, H)`.
     """
 
     prompts: list[str]

@@ -31,24 +31,31 @@ def readings(
 
     Args:
         manifest: With the columns `<reader>_<attribute>` of probabilities.
-        reader: `judge` (the attributes of `any_of`) or `reward` (all of them).
+        reader: `judge` (all attributes or those of `any_of`) or `reward` (all of them).
         vocabulary: The attributes.
 
     Returns:
         None if the manifest has no readings of this network.
     """
-    heads = vocabulary.any_of if reader == "judge" else vocabulary.attributes
-    names = [f"{reader}_{a}" for a in heads]
-    if names[0] not in manifest:
-        return None
-    return manifest[names].to_numpy() > 0.5
+    every = [f"{reader}_{a}" for a in vocabulary.attributes]
+    names = [name for name in every if name in manifest]
+    return manifest[names].to_numpy() > 0.5 if names else None
 
 
 def judged(manifest: pd.DataFrame, vocabulary: Vocabulary) -> NDArray[np.bool_]:
-    """Return which attributes the judge read as present, `(N, H)`; it has read every manifest."""
+    """Return which attributes of `any_of` the judge read as present, `(N, 4)`, in any manifest."""
     found = readings(manifest, "judge", vocabulary)
     assert found is not None
-    return found
+    return found[:, : len(vocabulary.any_of)]
+
+
+def reader_of_all(manifest: pd.DataFrame, vocabulary: Vocabulary) -> str | None:
+    """Name who read all attributes: the judge if it can, else the reward network, else nobody."""
+    for reader in ("judge", "reward"):
+        found = readings(manifest, reader, vocabulary)
+        if found is not None and found.shape[1] == len(vocabulary.attributes):
+            return reader
+    return None
 
 
 def exact(
@@ -99,7 +106,9 @@ def alignment(manifest: pd.DataFrame, vocabulary: Vocabulary) -> dict[str, Any]:
             )
         },
     }
-    of_reward = readings(manifest, "reward", vocabulary)
-    if of_reward is not None:
-        result["apr6"] = rate(exact(manifest, of_reward, vocabulary))
+    if reader := reader_of_all(manifest, vocabulary):
+        present = readings(manifest, reader, vocabulary)
+        assert present is not None
+        hits = exact(manifest, present, vocabulary)
+        result["apr6"] = rate(hits) | {"read_by": reader}
     return result

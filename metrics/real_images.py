@@ -30,8 +30,9 @@ def real_rates(
         The rate over all; over each of the `prompts`, with `flag` where n is 0 or below 30;
         over each `source`; and `present` and `absent` for each artifact.
     """
-    hits = exact(rows, present, vocabulary)
     numbers, several = prompt_numbers(rows, vocabulary), vocabulary.any_of
+    present = present[:, : len(several)]
+    hits = exact(rows, present, vocabulary)
     sources = rows["source"].replace("", "unknown").to_numpy()
     labels = rows[list(several)].to_numpy() == 1
     return {

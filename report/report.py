@@ -16,6 +16,7 @@ from PIL import Image
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import sha256_of
+from rl4med_ddpo.metrics.alignment import reader_of_all
 from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.report.figures import leakage_figure
 from rl4med_ddpo.report.pictures import few_real_figure, prompt_figure, same_seed_figure
@@ -114,7 +115,8 @@ def _matrices(runs: Runs, path: Path) -> None:
     matrices = {model: leak_matrix(runs.manifest(model), vocabulary) for model in MODELS}
     for model, matrix in matrices.items():
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
-    leakage_figure(matrices, path, vocabulary)
+    readers = {m: reader_of_all(runs.manifest(m), vocabulary) == "reward" for m in MODELS}
+    leakage_figure(matrices, path, vocabulary, readers)
 
 
 def _write_manifest(runs: Runs, output: Path) -> None:

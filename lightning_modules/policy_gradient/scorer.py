@@ -16,14 +16,21 @@ class PolicyScorer(nn.Module):
     The scores are sums over all processes: each counts the images that it drew.
 
     Args:
-        judge: Reads what an image shows, apart from the reward network.
+        judge: Reads what an image shows, apart from the reward network: all attributes, or those of
+            which an image may show any.
+
+    Attributes:
+        apr: Of the attributes of which an image may show any, as the paper has it.
+        apr6: Of all attributes; None if the judge does not read them all.
     """
 
     def __init__(self, judge: AttributeClassifier) -> None:
         super().__init__()
         self.judge = Frozen(judge)
-        self.columns = judge.columns
+        self.several = len(judge.vocabulary.any_of)
+        reads_all = judge.attributes == judge.vocabulary.attributes
         self.apr = ArtifactPrevalenceRate()
+        self.apr6 = ArtifactPrevalenceRate() if reads_all else None
         self.mean_reward = MeanMetric()
         self.divergence = MeanMetric()
 
@@ -35,13 +42,17 @@ class PolicyScorer(nn.Module):
             rewards: What they earn, `(B,)`.
             conditions: What they were asked to show, multi-hot `(B, A)`.
         """
-        self.apr.update(judge_logits, conditions[:, self.columns])
+        several = slice(self.several)
+        self.apr.update(judge_logits[:, several], conditions[:, several])
+        if self.apr6 is not None:
+            self.apr6.update(judge_logits, conditions)
         self.mean_reward.update(rewards)
 
     def reset(self) -> None:
         """Forget the images counted."""
-        for metric in (self.apr, self.mean_reward, self.divergence):
-            metric.reset()
+        for metric in (self.apr, self.apr6, self.mean_reward, self.divergence):
+            if metric is not None:
+                metric.reset()
 
 
 def require_independent(judge: AttributeClassifier, reward: nn.Module, path: str) -> None:

@@ -292,7 +292,7 @@ def test_the_reward_network_under_another_name_is_no_judge(
     whole["hyper_parameters"]["attributes"] = ATTRIBUTES[:4]
     judge = tmp_path / "judge.ckpt"
     torch.save(whole, judge)
-    load_classifier(judge, heads="any_of")
+    load_classifier(judge, heads="judge")
     plain, within = (AttributeMatch(tiny_classifiers["reward"]) for _ in range(2))
     for reward in (plain, RewardSum([Brightness(), RewardSum([within])])):
         networks = tiny_classifiers | {"judge": str(judge)}

@@ -16,6 +16,7 @@ from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier, load_c
 from rl4med_ddpo.lightning_modules.networks.backbone import build_backbone
 from support.attribute_images import AttributeImageData
 from support.dermoscopy import ARTIFACTS, ATTRIBUTES
+from support.tiny import fitted
 from support.trainers import quiet_trainer
 
 TINY = {"backbone": "test_efficientnet", "pretrained": False, "image_size": 48}
@@ -315,11 +316,17 @@ def test_missing_weights_are_refused(trained, tmp_path):
         load_classifier(tmp_path / "holes.ckpt")
 
 
-def test_wrong_heads_are_refused_with_both_lists(trained):
+def test_wrong_heads_are_refused_with_both_lists(trained, tiny_classifiers, tmp_path):
+    load_classifier(trained[2], heads="judge")
     with pytest.raises(UserError, match="other heads") as error:
-        load_classifier(trained[2], heads="any_of")
-    assert ", ".join(ARTIFACTS) + "\n" in str(error.value)
-    assert ", ".join(ATTRIBUTES) in str(error.value)
+        load_classifier(tiny_classifiers["judge"], heads="all")
+    assert f"needed (6): {', '.join(ATTRIBUTES)}" in str(error.value)
+    assert f"found  (4): {', '.join(ARTIFACTS)}\n" in str(error.value)
+    some = fitted(tmp_path / "some.ckpt", "test_efficientnet", ("hair", "ink"), seed=0)
+    with pytest.raises(UserError, match="other heads") as error:
+        load_classifier(some, heads="judge")
+    for allowed in (ATTRIBUTES, ARTIFACTS):
+        assert f"needed ({len(allowed)}): {', '.join(allowed)}\n" in str(error.value)
 
 
 def test_pretrained_weights_come_from_a_file(tmp_path):
