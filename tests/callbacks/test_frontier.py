@@ -55,7 +55,7 @@ def test_at_the_run_s_own_guidance_it_scores_what_test_scores(measured):
     assert own["distance"]["value"] != one["distance"]["value"]
     asked = {entry["prompt"]: entry["apr"] for entry in scores["prompts"].values() if entry["n"]}
     assert list(own["prompts"].values()) == list(asked.values())
-    assert result["best_guidance"] == max((own, one), key=lambda p: p["val_apr"])["guidance"]
+    assert result["best_guidance"] == max((one, own), key=lambda p: p["val_apr"])["guidance"]
     assert result["model"] == "SD"
     assert result["real"]["n"] > 5
     assert (measured / "results" / "frontier.png").stat().st_size > 10_000
