@@ -35,9 +35,7 @@ from rl4med_ddpo.metrics.frontier import (
 )
 from rl4med_ddpo.metrics.intervals import cluster_numbers
 from rl4med_ddpo.report.figures import frontier_figure
-from rl4med_ddpo.report.results import RESULTS
-
-FILE = "frontier.json"
+from rl4med_ddpo.report.results import FRONTIER, RESULTS
 
 
 class Frontier(Callback):
@@ -161,7 +159,7 @@ class Frontier(Callback):
         }
 
     def _write(self, trainer: Trainer, folder: Path, result: dict[str, Any]) -> None:
-        write_whole(folder / FILE, json.dumps(result, indent=2) + "\n")
+        write_whole(folder / FRONTIER, json.dumps(result, indent=2) + "\n")
         figure = frontier_figure({result["model"]: result})
         figure.savefig(folder / "frontier.png")
         for logger in trainer.loggers:
@@ -170,7 +168,7 @@ class Frontier(Callback):
         best = next(p for p in result["points"] if p["guidance"] == result["best_guidance"])
         rank_zero_info(
             f"best guidance of {result['model']}: {best['guidance']:g}, with an APR of "
-            f"{best['apr']:.1%} over {best['n']:,} images; all in {folder / FILE}"
+            f"{best['apr']:.1%} over {best['n']:,} images; all in {folder / FRONTIER}"
         )
 
 

@@ -18,11 +18,18 @@ from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import sha256_of
 from rl4med_ddpo.metrics.alignment import reader_of_all
 from rl4med_ddpo.metrics.leak_matrix import leak_matrix
-from rl4med_ddpo.report.figures import leakage_figure
+from rl4med_ddpo.report.changes import changes_paragraph
+from rl4med_ddpo.report.figures import frontier_figure, leakage_figure
 from rl4med_ddpo.report.pictures import few_real_figure, prompt_figure, same_seed_figure
 from rl4med_ddpo.report.results import write_csv
 from rl4med_ddpo.report.runs import MODELS, Missing, Runs, find_runs
-from rl4med_ddpo.report.tables import BUILDERS, Table, augmentation_scores, require_models
+from rl4med_ddpo.report.tables import (
+    BUILDERS,
+    Table,
+    augmentation_scores,
+    require_frontiers,
+    require_models,
+)
 
 
 def report(runs: list[Path], output: Path | None = None) -> Path:
@@ -37,7 +44,7 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
     """
     found = find_runs(runs)
     output = output or runs[0] / "report"
-    page = ["# Report", ""]
+    page = ["# Report", "", _changes(found), ""]
     for name, build in BUILDERS.items():
         try:
             page += [*_write_table(build(found), output / name), ""]
@@ -52,6 +59,14 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
     _write_manifest(found, output)
     _log(output)
     return output / "report.md"
+
+
+def _changes(runs: Runs) -> str:
+    try:
+        require_models(runs)
+        return changes_paragraph(runs)
+    except Missing as why:
+        return f"**What training changed** is missing, {why}"
 
 
 def markdown(rows: pd.DataFrame) -> str:
@@ -97,6 +112,7 @@ def _write_figures(runs: Runs, output: Path) -> list[str]:
         "figure_1.png": ("Figure 1. The same noise, SD next to SD+RL", same_seed_figure),
         "figure_3.png": ("Figure 3. Real next to SD, next to SD+RL", prompt_figure),
         "figure_4.png": ("Figure 4. Prompts with fewer than 20 real images", few_real_figure),
+        "frontier.png": ("What guidance gives, and what training adds", _frontier),
         "leakage.png": ("Which attribute leaks into which prompt, before and after", _matrices),
     }
     lines = []
@@ -117,6 +133,11 @@ def _matrices(runs: Runs, path: Path) -> None:
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
     readers = {m: reader_of_all(runs.manifest(m), vocabulary) == "reward" for m in MODELS}
     leakage_figure(matrices, path, vocabulary, readers)
+
+
+def _frontier(runs: Runs, path: Path) -> None:
+    require_frontiers(runs)
+    frontier_figure(runs.frontiers).savefig(path)
 
 
 def _write_manifest(runs: Runs, output: Path) -> None:

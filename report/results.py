@@ -12,6 +12,7 @@ from rl4med_ddpo.foundation.files import write_whole
 
 RESULTS = "results"
 METRICS = "metrics.json"
+FRONTIER = "frontier.json"
 PACKAGES = (
     "torch", "torchvision", "lightning", "diffusers", "transformers", "timm", "torchmetrics",
     "torch-fidelity", "lpips", "numpy", "scipy", "pillow",

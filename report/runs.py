@@ -11,7 +11,7 @@ import pandas as pd
 from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
-from rl4med_ddpo.report.results import METRICS, RESULTS
+from rl4med_ddpo.report.results import FRONTIER, METRICS, RESULTS
 
 MODELS = ("SD", "SD+RL")
 DEPTH = 4
@@ -35,6 +35,7 @@ class Runs:
         folders: Where each lies.
         arms: Predictions of Table 4, by arm and seed.
         classifiers: Their results.
+        frontiers: What each model measured over guidance, by model.
         files: All `results/metrics.json` that were read.
     """
 
@@ -42,6 +43,7 @@ class Runs:
     folders: dict[str, Path] = field(default_factory=dict)
     arms: dict[str, dict[int, pd.DataFrame]] = field(default_factory=dict)
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frontiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
     @property
@@ -92,6 +94,8 @@ def find_runs(folders: Sequence[Path]) -> Runs:
         if results["kind"] == "samples":
             key = results["model"]
             runs.samples[key], runs.folders[key] = results, path.parent.parent
+            if (over_guidance := path.with_name(FRONTIER)).exists():
+                runs.frontiers[key] = json.loads(over_guidance.read_text())
         else:
             key = f"{results['arm']}, seed {results['seed']}"
             predictions = pd.read_csv(path.with_name("predictions.csv"))

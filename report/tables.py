@@ -13,6 +13,7 @@ from rl4med_ddpo.datamodules.describe import (
 )
 from rl4med_ddpo.metrics.alignment import prompt_numbers, table_2_conditions
 from rl4med_ddpo.metrics.augmentation import table_4
+from rl4med_ddpo.metrics.frontier import LEAST
 from rl4med_ddpo.metrics.intervals import mcnemar
 from rl4med_ddpo.metrics.real_images import FEW
 from rl4med_ddpo.report import paper
@@ -53,6 +54,13 @@ def require_models(runs: Runs) -> None:
     commands = [f"`{COMMANDS[m]}`" for m in MODELS if m not in runs.samples]
     if commands:
         raise Missing(f"made by: {', then '.join(commands)}")
+
+
+def require_frontiers(runs: Runs) -> None:
+    """Raise Missing unless a model was measured over guidance."""
+    if not runs.frontiers:
+        command = '`rl4med-ddpo test --config ddpo.yaml --frontier.guidances "[1, 2, 3, 5, 7.5]"`'
+        raise Missing(f"made by: {command}, and the same with `--model.policy null`")
 
 
 def counts_of(runs: Runs) -> dict[str, Any]:
@@ -121,6 +129,13 @@ def quality_table(runs: Runs) -> Table:
     """Lay out Table 3: APR over all prompts, FID, LPIPS, and substitutes for missing weights."""
     require_models(runs)
     columns = {model: _quality(runs.samples[model]) for model in MODELS}
+    if alone := runs.frontiers.get("SD"):
+        # what guidance alone gives stands beside what training does at the same guidance
+        best = next(p for p in alone["points"] if p["guidance"] == alone["best_guidance"])
+        columns["SD"] |= _over_guidance(alone, alone["guidance"])
+        columns["SD+RL"] |= _over_guidance(runs.frontiers.get("SD+RL"), alone["guidance"])
+        title = f"SD, best guidance {best['guidance']:g}"
+        columns = {"SD": columns["SD"], title: _over_guidance(alone, best["guidance"]), **columns}
     for model in MODELS if is_papers(runs.vocabulary) else ():
         theirs = paper.TABLE_3[model]
         columns[f"{model}, paper"] = {
@@ -147,6 +162,50 @@ def quality_table(runs: Runs) -> Table:
     notes += [f"Not computed: {why}." for why in dict.fromkeys(some["unavailable"].values())]
     title = f"Table 3. Alignment and quality over the {len(runs.vocabulary.keys)} prompts"
     return Table(title, table.fillna("-"), notes)
+
+
+def _over_guidance(frontier: dict[str, Any] | None, guidance: float) -> dict[str, str]:
+    """Return what was measured at a guidance, as cells of Table 3."""
+    points = frontier["points"] if frontier else []
+    point = next((p for p in points if p["guidance"] == guidance), None)
+    if point is None:
+        return {}
+    return {
+        "APR %": percent(point),
+        "diversity among images read right": value_cell(point["diversity_right"], 2),
+        "kernel distance, frontier's real images": value_cell(point["distance"], 3),
+    }
+
+
+def frontier_table(runs: Runs) -> Table:
+    """Lay out each model over guidance: alignment, diversity, distance and the worst prompt."""
+    require_frontiers(runs)
+    rows, some = [], next(iter(runs.frontiers.values()))
+    for model, result in runs.frontiers.items():
+        for point in result["points"]:
+            worst, apr = next(iter(point["worst_prompts"].items()))
+            rows.append(
+                {
+                    "model": model + " (best)" * (point["guidance"] == result["best_guidance"]),
+                    "guidance": f"{point['guidance']:g}",
+                    "APR %": percent(point),
+                    "reward": f"{point['reward']:.3f}",
+                    "diversity, read right": value_cell(point["diversity_right"], 2),
+                    "prompts left out": str(len(point["diversity_right"]["left_out"])),
+                    "distance": value_cell(point["distance"], 3),
+                    "worst prompt": f"{worst} {100 * apr:.0f} %",
+                }
+            )
+    notes = [
+        "Guidance costs nothing, so a gain of training is one over SD at its best guidance: that "
+        "of the highest APR on validation noise.",
+        f"Diversity is the mean distance, in the judge's features, of two images of a prompt that "
+        f"the judge reads right; of {some['real']['n']:,} real images "
+        f"{value_cell(some['real']['diversity_right'], 2)}. Prompts with fewer than {LEAST} right "
+        "images are left out.",
+        f"Distance is the kernel distance, in the judge's features, to {some['real']['folder']}.",
+    ]
+    return Table("SD and what was trained, over guidance", pd.DataFrame(rows), notes)
 
 
 def augmentation_table(runs: Runs) -> Table:
@@ -223,6 +282,7 @@ BUILDERS: Mapping[str, Callable[[Runs], Table]] = {
     "table_3": quality_table,
     "table_4": augmentation_table,
     "subgroups": subgroup_table,
+    "frontier": frontier_table,
 }
 
 
@@ -238,9 +298,12 @@ def _mcnemar(hits: pd.DataFrame) -> float:
 
 def _quality(results: dict[str, Any]) -> dict[str, str]:
     distances = results.get("distribution", {})
+    six = results.get("apr6")
+    # results of before 0.3 do not say who read: it was the reward network
+    by_judge = six is not None and six.get("read_by") == "judge"
     cells = {
         "APR %": percent(results),
-        "APR6 %": percent(results["apr6"]) if "apr6" in results else "-",
+        "APR6 %" if by_judge else "APR6 %, read by the reward": percent(six) if six else "-",
     }
     inception = distances.get("inception", {})
     cells["FID"] = value_cell(inception.get("frechet"), 2)
@@ -258,8 +321,8 @@ def _quality(results: dict[str, Any]) -> dict[str, str]:
         ("recall", "recall", 2),
         ("density", "density", 2),
         ("coverage", "coverage", 2),
-        ("diversity within a prompt", "diversity", 2),
-        ("of real images", "diversity_real", 2),
+        ("spread within a prompt, wrong attributes included", "diversity", 2),
+        ("of real images, wrong labels included", "diversity_real", 2),
     ):
         cells[title] = value_cell(ours.get(name), digits)
     if "copies" in results:
