@@ -1,5 +1,6 @@
 """The attribute classifier: reward network with six heads, judge with the four artifacts."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -269,11 +270,15 @@ def load_classifier(
         UserError: if the file is missing, damaged, no classifier's, or has other heads.
     """
     path = Path(path)
-    _read_checkpoint(path)
+    checkpoint = _read_checkpoint(path)
+    # as load_from_checkpoint does, which would read the file again
+    options = inspect.signature(AttributeClassifier.__init__).parameters
+    kept: dict[str, Any] = {"pretrained": False}
+    kept = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in options} | kept
     try:
-        classifier = AttributeClassifier.load_from_checkpoint(
-            path, map_location="cpu", weights_only=True, pretrained=False
-        )
+        classifier = AttributeClassifier(**kept)
+        classifier.configure_model()
+        classifier.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the weights in {path} do not fit its settings: {error}") from error
     _require_heads(classifier, heads, path)

@@ -32,7 +32,7 @@ def test_two_processes_train_the_weights_of_one(
         return ddpo(
             folder, tiny_pipeline, tiny_classifiers, *options,
             "--model.baseline=window", "--model.micro_batch=5", "--trainer.max_epochs=2",
-            dump_to(folder), *more,
+            "--model.steps=2", dump_to(folder), *more,
         )  # fmt: skip
 
     two, one = tmp_path / "two", tmp_path / "one"
@@ -69,6 +69,7 @@ def test_four_processes_and_a_resume_on_fewer_train_the_weights_of_one(
     def args(folder, epochs, *more):
         return ddpo(
             folder, tiny_pipeline, tiny_classifiers, *SGD, "--model.kl_weight=0.1",
+            "--model.steps=2", "--data.validation_samples_per_prompt=0",
             f"--trainer.max_epochs={epochs}", dump_to(folder), *more,
         )  # fmt: skip
 

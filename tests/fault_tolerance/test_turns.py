@@ -160,15 +160,16 @@ def test_own_checkpoints_without_a_folder_are_found(commands, tmp_path, monkeypa
     own = tmp_path / "own.yaml"
     own.write_text("trainer: {callbacks: [{class_path: ModelCheckpoint}]}")
     for stage in ("classifier", "sd"):
-        command = [*commands[stage](tmp_path / stage), f"--config={own}"]
+        few = "--trainer.limit_train_batches=1"
+        command = [*commands[stage](tmp_path / stage), f"--config={own}", few]
         in_process(*command, "--trainer.max_epochs=1")
         cli = in_process(*command, "--trainer.max_epochs=1")
-        assert (cli.trainer.global_step, cli.trainer.current_epoch) == (6, 1)
+        assert (cli.trainer.global_step, cli.trainer.current_epoch) == (1, 1)
         assert list((tmp_path / stage / "checkpoints").glob("*.ckpt"))
     assert caplog.text.count("nothing was trained now") == 2
     with pytest.warns(UserWarning, match="keeps no checkpoints: it cannot be resumed"):
         in_process(
-            *commands["sd"](tmp_path / "none"), "--trainer.max_epochs=1",
+            *commands["sd"](tmp_path / "none"), "--trainer.max_epochs=1", few,
             "--trainer.enable_checkpointing=false", "--trainer.callbacks=null",
         )  # fmt: skip
 
@@ -189,11 +190,12 @@ def test_a_run_that_a_callback_ended_has_ended(commands, tmp_path, monkeypatch, 
     caplog.set_level("INFO", "lightning.pytorch")
 
     def fit(*options):
-        return in_process(*commands[stage](tmp_path / "run"), "--trainer.max_epochs=9", *options)
+        short = ("--trainer.max_epochs=9", "--trainer.limit_train_batches=1")
+        return in_process(*commands[stage](tmp_path / "run"), *short, *options)
 
     assert fit(with_early_stopping(tmp_path, patience=1)).trainer.current_epoch == 2
     cli = fit(with_early_stopping(tmp_path, patience=1))
-    assert cli.trainer.global_step == 12
+    assert cli.trainer.global_step == 2
     for part in ("nothing was trained now", "val/loss", "change the options of EarlyStopping"):
         assert part in caplog.text
     longer = with_early_stopping(tmp_path, patience=3)
@@ -206,12 +208,13 @@ def test_a_run_whose_time_is_used_up_has_ended(commands, tmp_path, monkeypatch, 
 
     def fit(time):
         command = commands["sd"](tmp_path / "run")
-        return in_process(*command, "--trainer.max_epochs=2", f"--trainer.max_time={time}")
+        short = ("--trainer.max_epochs=2", "--trainer.limit_train_batches=1")
+        return in_process(*command, *short, f"--trainer.max_time={time}")
 
-    assert fit("{milliseconds: 1}").trainer.global_step == 6
-    assert fit("{milliseconds: 1}").trainer.global_step == 6
+    assert fit("{milliseconds: 1}").trainer.global_step == 1
+    assert fit("{milliseconds: 1}").trainer.global_step == 1
     assert "Its time (max_time) was used up" in caplog.text
-    assert fit("{minutes: 9}").trainer.global_step == 12
+    assert fit("{minutes: 9}").trainer.global_step == 2
 
 
 def table(folder):
@@ -220,24 +223,6 @@ def table(folder):
         rows = list(csv.DictReader(file))
     timed = ("time/", "epoch_seconds")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
-
-
-@pytest.mark.parametrize(("stage", "version"), [("sd", "null"), ("ddpo", "''")])
-def test_a_table_of_curves_goes_on_after_a_resume(commands, tmp_path, monkeypatch, stage, version):
-    monkeypatch.chdir(tmp_path)
-
-    def fit(folder, epochs, *options):
-        return in_process(
-            *commands[stage](folder), f"--trainer.max_epochs={epochs}",
-            "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}",
-            f"--trainer.logger.version={version}", *options,
-        )  # fmt: skip
-
-    fit(tmp_path / "unbroken", 2)
-    fit(tmp_path / "broken", 1)
-    fit(tmp_path / "broken", 2)
-    assert len(table(tmp_path / "unbroken")) > 2
-    assert table(tmp_path / "broken") == table(tmp_path / "unbroken")
 
 
 def test_averaged_weights_are_not_left_out_in_passing(second_turn, tmp_path):
@@ -250,26 +235,43 @@ def test_averaged_weights_are_not_left_out_in_passing(second_turn, tmp_path):
             second_turn(stage, f"--config={averaging}")
 
 
+LOGGERS = """
+trainer:
+  logger:
+    - class_path: TensorBoardLogger
+      init_args: {{save_dir: "${{trainer.default_root_dir}}", name: tensorboard, version: ""}}
+    - class_path: CSVLogger
+      init_args: {{save_dir: "${{trainer.default_root_dir}}", version: {version}}}
+"""
+
+
 @pytest.mark.parametrize(
-    ("stage", "first", "second", "options"),
+    ("stage", "turns", "version", "options"),
     [
-        ("sd", 6, 12, ()),
-        ("sd", 9, 12, ()),
-        ("sd", 4, 6, ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2")),
-        ("ddpo", 2, 4, ()),
+        ("sd", (6, 9, 12), "null", ()),
+        (
+            "sd", (4, 6), "''",
+            ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2"),
+        ),
+        ("ddpo", (2, 4), "''", ()),
     ],
-)
+)  # fmt: skip
 def test_a_run_cut_by_its_number_of_steps_ends_as_in_one_go(
-    commands, tmp_path, monkeypatch, stage, first, second, options
+    commands, tmp_path, monkeypatch, stage, turns, version, options
 ):
+    """At the end of an epoch and within one; with the curves of TensorBoard and of a table."""
     monkeypatch.chdir(tmp_path)
+    loggers = tmp_path / "loggers.yaml"
+    loggers.write_text(LOGGERS.format(version=version))
 
     def fit(folder, steps):
         limits = ("--trainer.max_epochs=-1", f"--trainer.max_steps={steps}")
-        in_process(*commands[stage](folder), *limits, *options)
+        in_process(*commands[stage](folder), f"--config={loggers}", *limits, *options)
         # the end of a turn has a grid of its own
-        return everything(folder) | {"grids": None}
+        return everything(folder) | {"grids": None, "table": table(folder)}
 
-    unbroken = fit(tmp_path / "unbroken", second)
-    fit(tmp_path / "broken", first)
-    assert differing(fit(tmp_path / "broken", second), unbroken) == []
+    unbroken = fit(tmp_path / "unbroken", turns[-1])
+    assert len(unbroken["table"]) > 2
+    for steps in turns:
+        broken = fit(tmp_path / "broken", steps)
+    assert differing(broken, unbroken) == []

@@ -501,7 +501,7 @@ def test_a_heavy_penalty_keeps_the_policy_near_the_reference(make, tmp_path):
 
 def test_a_compiled_unet_trains_the_same_weights_under_the_same_names(make, tmp_path):
     plain, compiled = (
-        make(train="full", compile=backend, optimizer=sgd, updates=1, micro_batch=32)
+        make(train="full", compile=backend, optimizer=sgd, updates=1, micro_batch=8, steps=2)
         for backend in (None, "eager")
     )
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -125,5 +125,5 @@ def fitted(path, backbone, attributes, seed):
         classifier = AttributeClassifier(backbone, False, attributes, image_size=32, dropout=0.0)
         trainer = quiet_trainer(path.parent, max_epochs=1)
         trainer.fit(classifier, DataLoader([batch, batch], batch_size=None))
-    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=True)
     return str(path)
