@@ -15,8 +15,11 @@ from rl4med_ddpo.lightning_modules import (
 from rl4med_ddpo.lightning_modules.pipelines.load import load_pipeline
 from rl4med_ddpo.lightning_modules.policy_gradient.micro_batch import saved_bytes
 from rl4med_ddpo.lightning_modules.rewards import Reward, Rewards, RewardSum
+from support.command_line import draft, in_process
 from support.dermoscopy import PROMPTS
+from support.forked import forked, forked_ranks
 from support.tiny import distance, prompts, state_of, tiny_draft
+from support.tiny_runs import differing, everything
 from support.trainers import quiet_trainer
 
 
@@ -226,6 +229,33 @@ def test_every_weight_has_a_gradient_under_bf16(make, tmp_path):
     fit(policy, tmp_path, precision="bf16-mixed")
     assert len(sizes) == 2 * len(policy.trained_parameters())
     assert min(sizes) > 0
+
+
+def test_two_processes_and_a_resume_train_the_weights_of_one(
+    tiny_pipeline, tiny_classifiers, tmp_path, monkeypatch
+):
+    """A resume on as many processes is the unbroken run to the last bit."""
+    monkeypatch.chdir(tmp_path)
+
+    def args(name, epochs, *more):
+        return draft(
+            tmp_path / name, tiny_pipeline, tiny_classifiers, "--data.samples_per_epoch=8",
+            "--model.micro_batch=3",
+            "--model.penalty=1.0", f"--trainer.max_epochs={epochs}", *more,
+        )  # fmt: skip
+
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    assert forked(in_process, *args("one", 2)) == 0
+    assert forked_ranks(in_process, *args("two", 2, *two)) == [0, 0]
+    for epochs in (1, 2):
+        assert forked(in_process, *args("broken", epochs)) == 0
+    one, shared, broken = (everything(tmp_path / name) for name in ("one", "two", "broken"))
+    assert differing(broken, one) == []
+    weights = [found["checkpoint"]["state_dict"] for found in (one, shared)]
+    assert distance(*weights) < 1e-5
+    rewards = [[v for _, v in found["curves"]["reward/mean"]] for found in (one, shared)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
+    assert (tmp_path / "one" / "policy" / "pytorch_lora_weights.safetensors").exists()
 
 
 class Broken(Brightness):
