@@ -129,10 +129,10 @@ def measure(
     execute(
         [
             *command(method, "test", run, demo, seed),
-            *("--data.test_samples_per_prompt", "1", *weights, *more),
+            *("--data.test_samples_per_prompt", "1", *weights),
             *("--frontier.guidances", str(list(GUIDANCES))),
             *("--frontier.samples_per_prompt", str(per_prompt)),
-            *("--frontier.real", str(demo / "balanced")),
+            *("--frontier.real", str(demo / "balanced"), *more),
         ],
         run,
         demo,
