@@ -13,6 +13,7 @@ from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.report.figures import curves_over
 
 DISTANCE = "val/sqrt_kl"
+WHOLE_PROMPT = "val/apr6"
 
 
 def hacked_since(
@@ -57,7 +58,8 @@ class RewardHacking(EarlyStopping):
 
     Args:
         reward: Logged reward of the validation images.
-        monitor: Logged score of the judge on the same images.
+        monitor: Logged score of the judge on the same images; null takes val/apr6 where the judge
+            reads the whole prompt, else val/apr.
         patience: Epochs that it must last, from the first such validation on.
         min_rise: Least rise of the reward, from where it stood at the judge's best, that counts.
         min_fall: Least fall of the judge from its best that counts. Should lie above its noise:
@@ -67,7 +69,7 @@ class RewardHacking(EarlyStopping):
     def __init__(
         self,
         reward: str = "val/reward",
-        monitor: str = "val/apr",
+        monitor: str | None = None,
         patience: int = 20,
         min_rise: float = 0.005,
         min_fall: float = 0.05,
@@ -77,12 +79,19 @@ class RewardHacking(EarlyStopping):
                 f"RewardHacking(patience={patience}, min_rise={min_rise}, min_fall={min_fall}): "
                 "patience and min_rise must be at least 0, min_fall positive"
             )
-        super().__init__(monitor, patience=patience, mode="max", check_on_train_epoch_end=False)
+        self.given = monitor or "val/apr"
+        super().__init__(self.given, patience=patience, mode="max", check_on_train_epoch_end=False)
+        self.takes_the_whole_prompt = monitor is None
         self.reward, self.min_rise, self.min_fall = reward, min_rise, min_fall
         self.epochs: list[int] = []
         self.rewards: list[float] = []
         self.judged: list[float] = []
         self.distances: list[float] = []
+
+    @property
+    def state_key(self) -> str:
+        """Name the state in a checkpoint, by what was asked to be monitored."""
+        return self._generate_state_key(monitor=self.given, mode=self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores so far and why it stopped; the settings are not among them."""
@@ -111,6 +120,8 @@ class RewardHacking(EarlyStopping):
         if trainer.fast_dev_run:
             return
         logged = trainer.callback_metrics
+        if self.takes_the_whole_prompt and WHOLE_PROMPT in logged:
+            self.monitor = WHOLE_PROMPT
         missing = [name for name in (self.reward, self.monitor) if name not in logged]
         if missing:
             raise UserError(

@@ -101,6 +101,24 @@ def test_scores_go_on_after_a_resume():
     assert after.patience == 3
 
 
+def test_a_judge_of_the_whole_prompt_is_heard_and_its_scores_found_again(tmp_path):
+    """The artifacts get better, melanoma and nevus worse."""
+
+    class Whole(Scripted):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val/apr6", 0.6 - 0.1 * self.current_epoch)
+
+    callback, data = RewardHacking(patience=1), DataLoader([0])
+    key = callback.state_key
+    trainer = quiet_trainer(tmp_path, max_epochs=9, callbacks=[callback])
+    scores = [0.1 * i for i in range(9)]
+    trainer.fit(Whole(scores, scores), data, data)
+    assert trainer.current_epoch == 3
+    assert "val/apr6 has fallen" in callback.stopping_reason_message
+    assert callback.state_key == key == RewardHacking(monitor="val/apr").state_key
+
+
 def test_what_no_validation_logs_is_named(tmp_path):
     with pytest.raises(UserError, match=r"watches val/apr6, .*\n.*val/apr, val/reward"):
         fit(tmp_path, [0.5], [0.5], monitor="val/apr6")
