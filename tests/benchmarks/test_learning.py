@@ -9,10 +9,13 @@ import pytest
 from benchmarks import learning
 from benchmarks.learning_curve import COLUMNS
 from support.command_line import in_process
+from support.dermoscopy import PROMPTS
 
+FEW_PROMPTS = f"data.prompts={json.dumps(list(PROMPTS[::16]))}"
 TINY = (
-    "data.samples_per_epoch=64", "data.validation_samples_per_prompt=1", "model.steps=4",
-    "data.predict_batch_size=32", "model.sample_batch=32", "frontier.guidances=[1, 3]",
+    FEW_PROMPTS, "data.samples_per_epoch=16", "data.validation_samples_per_prompt=1",
+    "model.steps=4", "data.predict_batch_size=8", "model.sample_batch=8",
+    "frontier.guidances=[1, 3]",
 )  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def test_it_measures_what_a_real_training_learns(demo, tmp_path, monkeypatch, ca
     assert (found["method"], found["seed"], found["guidance"]) == ("kl4", 0, 3.0)
     assert found["label"] == "other policy in training"
     assert {len(found[name]) for name in COLUMNS} == {2}
-    assert found["images"] == [64, 128]
+    assert found["images"] == [16, 32]
     assert 0 < found["cpu_s"][0] < found["cpu_s"][1]
     assert found["sqrt_kl"][1] > 0
     assert [point["guidance"] for point in found["frontier"]] == [1.0, 3.0]
