@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import pydoc
 import re
@@ -16,6 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from rl4med_ddpo.foundation.class_names import with_current_names
 from rl4med_ddpo.lightning_modules.rewards.base import Reward
@@ -73,8 +75,41 @@ def _damage(path: Path) -> str | None:
     return None
 
 
+class LeftOut(logging.Handler):
+    """Says which options of a configuration's model the class named instead of it does not have.
+
+    jsonargparse drops them, and tells its debug log alone.
+    """
+
+    DROPPED = re.compile(
+        r"class_path change from '(\S+)' to '(\S+)', discarding init_args: (\{.*\})", re.DOTALL
+    )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pick out that message, once for all times that a command line is parsed."""
+        found = self.DROPPED.search(record.getMessage())
+        if found is None:
+            return
+        kind: Any = pydoc.locate(found[2])
+        if not (kind and issubclass(kind, L.LightningModule)):
+            return
+        names = ", ".join(re.findall(r"'(\w+)': ", found[3]))
+        before, after = (name.rpartition(".")[2] for name in found.groups()[:2])
+        said = f"Left out, for {after} has no such options as the {before} of the configuration: "
+        rank_zero_warn(said + names)
+
+
+LOG = logging.getLogger("rl4med_ddpo.parser")
+LOG.setLevel(logging.DEBUG)
+LOG.propagate = False
+LOG.addHandler(LeftOut())
+
+
 class Parser(LightningArgumentParser):
     """Answers a mistake with one message, and a misspelt name with the nearest known one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"logger": LOG})
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Parse a configuration; class names of before 0.2 still mean the same classes."""

@@ -260,6 +260,17 @@ def test_errors_of_workers_are_cut_to_their_message(tmp_path):
     assert user_message(UserError("plain: message")) == "plain: message"
 
 
+def test_options_that_another_model_lacks_are_named(capsys):
+    with (
+        pytest.warns(
+            UserWarning, match=r"DRaFT has no such options .* clip_range, std_floor, time"
+        ),
+        pytest.raises(SystemExit),
+    ):
+        in_process("fit", "--config=demo/ddpo.yaml", "--model=DRaFT", "--print_config")
+    assert "class_path: rl4med_ddpo.lightning_modules.DRaFT" in capsys.readouterr().out
+
+
 def test_describe_prints_the_tables(capsys, isic):
     in_process("describe", "--config=classifier.yaml", f"--data.root={isic}")
     said = capsys.readouterr().out
