@@ -109,7 +109,9 @@ class Parser(LightningArgumentParser):
     """Answers a mistake with one message, and a misspelt name with the nearest known one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"logger": LOG})
+        # lightning passes whether to log at all
+        kwargs["logger"] = LOG
+        super().__init__(*args, **kwargs)
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Parse a configuration; class names of before 0.2 still mean the same classes."""
