@@ -77,7 +77,7 @@ METHODS = {
         DDPO | {"class_path": "OnePassDDPO", "train": "lora", "optimizer.init_args.lr": 3e-4},
     ),
     "draft": Method(SAMPLER, "demo/draft.yaml", DRAFT),
-    "draft_kl": Method(SAMPLER, "demo/draft.yaml", DRAFT | {"penalty": 2.5}),
+    "draft_kl": Method(SAMPLER, "demo/draft.yaml", DRAFT | {"penalty": 5.0}),
     "shipped": Method(SAMPLER, "demo/ddpo.yaml", {}),
 }
 
@@ -141,7 +141,7 @@ def measure(
     frontier = json.loads((run / "results" / "frontier.json").read_text())
     settings = frontier["guidance"]
     return {
-        "method": name,
+        "method": " ".join([name, *(option.removeprefix("--model.") for option in more)]),
         "seed": seed,
         "label": method.label,
         "guidance": settings,

@@ -5,6 +5,7 @@ python -m benchmarks.learning_table RESULTS.jsonl --output docs/learning
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rl4med_ddpo.foundation.files import write_whole
 
 Result = dict[str, Any]
 NEVER = "not reached"
+BLOCK = r"(<!-- learning -->\n).*?(<!-- end -->)"
 
 
 def table(results: Sequence[Result]) -> str:
@@ -109,10 +111,11 @@ def figure(results: Sequence[Result]) -> Figure:
 
 
 def main() -> None:
-    """Write `table.md`, `frontier.png` and the results themselves to a folder."""
+    """Write `table.md`, `frontier.png` and the results themselves to a folder, and fill a page."""
     parser = argparse.ArgumentParser(description="Lay out what benchmarks.learning printed.")
     parser.add_argument("results", type=Path, nargs="+", help="files of one JSON object a line")
     parser.add_argument("--output", type=Path, default=Path("docs/learning"), help="folder")
+    parser.add_argument("--page", type=Path, help="Markdown whose block `learning` gets the table")
     given = parser.parse_args()
     lines = [line for path in given.results for line in path.read_text().splitlines() if line]
     results = [json.loads(line) for line in lines]
@@ -120,6 +123,10 @@ def main() -> None:
     write_whole(given.output / "results.jsonl", "\n".join(lines) + "\n")
     write_whole(given.output / "table.md", table(results))
     figure(results).savefig(given.output / "frontier.png")
+    if given.page:
+        page = given.page.read_text()
+        block = rf"\1{table(results)}\2"
+        write_whole(given.page, re.sub(BLOCK, block, page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

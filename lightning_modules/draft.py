@@ -89,7 +89,7 @@ class DRaFT(RewardFineTuning):
         eta: float = 1.0,
         guidance: float = 5.0,
         updates: int = 4,
-        penalty: float = 2.5,
+        penalty: float = 5.0,
         gradient_checkpointing: bool = False,
         compile: str | None = None,
         sample_batch: int = 8,

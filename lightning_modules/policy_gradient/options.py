@@ -27,7 +27,7 @@ RANGES = {
     "training_steps": Range(1, False, None, 10),
     "max_kl": Range(0, True, None, 1e-5),
     "last_steps": Range(1, False, None, 10),
-    "penalty": Range(0, False, None, 2.5),
+    "penalty": Range(0, False, None, 5.0),
     "updates": Range(1, False, None, 2),
     "inner_epochs": Range(1, False, None, 1),
     "kl_weight": Range(0, False, None, 0),

@@ -205,18 +205,21 @@ def test_an_epoch_that_does_not_divide_is_refused_before_it(make, tmp_path):
         fit(make(updates=3), tmp_path)
 
 
-@pytest.mark.parametrize("micro_batch", [1, "auto"])
-def test_the_micro_batch_does_not_change_the_weights(make, tmp_path, micro_batch):
+@pytest.mark.parametrize(
+    "options", [{"micro_batch": 1}, {"micro_batch": "auto"}, {"gradient_checkpointing": True}]
+)
+def test_how_it_is_computed_does_not_change_the_weights(make, tmp_path, options):
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=1.0)
 
     states = []
-    for size in (8, micro_batch):
-        policy = make(micro_batch=size, optimizer=sgd, max_grad_norm=1e9, steps=2)
+    for given in ({}, options):
+        defaults = {"micro_batch": 8, "optimizer": sgd, "max_grad_norm": 1e9, "steps": 2}
+        policy = make(**(defaults | given))
         fit(policy, tmp_path)
         states.append(state_of(policy))
     assert distance(*states) < 1e-5
-    assert policy.micro_batch == (8 if micro_batch == "auto" else 1)
+    assert policy.micro_batch == (1 if options == {"micro_batch": 1} else 8)
 
 
 def test_every_weight_has_a_gradient_under_bf16(make, tmp_path):
