@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sd": Method(SAME, "demo/ddpo.yaml", {}),
+    "sd": Method(SAME, "demo/ddpo.yaml", {"guidance": 3.0}),
     "paper": Method(SAME, "demo/ddpo.yaml", DDPO),
     "weights": Method(POLICY, "demo/ddpo.yaml", DDPO | {"step_weights": "equal"}),
     "window": Method(SAMPLER, "demo/ddpo.yaml", DDPO | WINDOW),
@@ -113,7 +113,7 @@ def measure(
     """
     method = METHODS[name]
     epochs = max(1, round(images / EPOCH))
-    if method.options or name == "shipped":
+    if name != "sd":
         execute(
             [
                 *command(method, "fit", run, demo, seed),
@@ -139,12 +139,11 @@ def measure(
     )
     curve = run / "learning.json"
     frontier = json.loads((run / "results" / "frontier.json").read_text())
-    settings = frontier["guidance"]
     return {
         "method": " ".join([name, *(option.removeprefix("--model.") for option in more)]),
         "seed": seed,
         "label": method.label,
-        "guidance": settings,
+        "guidance": frontier["guidance"],
         **(json.loads(curve.read_text()) if curve.exists() else {}),
         "frontier": [
             {

@@ -25,27 +25,39 @@ def table(results: Sequence[Result]) -> str:
     """Lay out each method's runs in Markdown: means over seeds, and the least and greatest."""
     heads = (
         "method", "class", "seeds", "images", "CPU s", "images to SD's best APR",
-        "best guidance", "APR %", "diversity, read right", "distance", "worst prompt %",
+        "guidance", "APR %", "diversity, read right", "distance", "worst prompt %",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     base = {r["seed"]: best(r)["apr"] for r in results if r["method"] == "sd"}
     for method, runs in by_method(results).items():
-        points = [best(run) for run in runs]
+        trained = method != "sd"
         cells = (
             f"`{method}`",
-            runs[0]["label"] if method != "sd" else "no training",
+            runs[0]["label"] if trained else "no training",
             str(len(runs)),
-            "-" if method == "sd" else f"{runs[0]['images'][-1]:,}",
-            "-" if method == "sd" else spread([run["cpu_s"][-1] for run in runs], 0),
-            "-" if method == "sd" else reached(runs, base),
-            ", ".join(f"{point['guidance']:g}" for point in points),
-            spread([100 * point["apr"] for point in points], 1),
-            spread([point["diversity_right"] for point in points], 2),
-            spread([point["distance"] for point in points], 3),
-            spread([100 * point["worst_prompt"] for point in points], 0),
+            f"{runs[0]['images'][-1]:,}" if trained else "-",
+            spread([run["cpu_s"][-1] for run in runs], 0) if trained else "-",
+            reached(runs, base) if trained else "-",
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        for first, points in ((cells, [own(r) for r in runs]), ([""] * 6, [best(r) for r in runs])):
+            lines.append(f"| {' | '.join([*first, *scores(points)])} |")
     return "\n".join(lines) + "\n"
+
+
+def scores(points: Sequence[Result]) -> tuple[str, ...]:
+    """Word the scores of the runs of a method, each at one guidance."""
+    return (
+        ", ".join(dict.fromkeys(f"{point['guidance']:g}" for point in points)),
+        spread([100 * point["apr"] for point in points], 1),
+        spread([point["diversity_right"] for point in points], 2),
+        spread([point["distance"] for point in points], 3),
+        spread([100 * point["worst_prompt"] for point in points], 0),
+    )
+
+
+def own(run: Result) -> Result:
+    """Return the point at the guidance of training."""
+    return next(p for p in run["frontier"] if p["guidance"] == run["guidance"])
 
 
 def best(run: Result) -> Result:
@@ -102,7 +114,7 @@ def figure(results: Sequence[Result]) -> Figure:
                 )  # fmt: skip
     learning.set_xlabel("images trained on, at the guidance of training")
     learning.set_ylabel("APR in %")
-    distance.set_xlabel("kernel distance to real images, over guidance (less is better)")
+    distance.set_xlabel("kernel distance to real images, over guidance")
     diversity.set_xlabel("diversity among images read right, over guidance")
     diversity.legend(fontsize=8)
     for axis in (learning, distance, diversity):

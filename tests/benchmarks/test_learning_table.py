@@ -19,7 +19,7 @@ def run(method, seed, aprs, frontier, best):
     curve["cpu_s"] = [30.0 * (i + 1) for i in range(len(aprs))]
     return {
         "method": method, "seed": seed, "label": "same estimator", **(curve if aprs else {}),
-        "frontier": points, "best_guidance": best,
+        "frontier": points, "best_guidance": best, "guidance": 3.0,
     }  # fmt: skip
 
 
@@ -32,8 +32,10 @@ RUNS = [
 
 
 def test_means_stand_beside_the_least_and_greatest_and_images_beside_sd_s_best():
-    sd, window = learning_table.table(RUNS).splitlines()[2:]
-    assert sd.split(" | ")[6:9] == ["7.5, 3", "87.0 (84.0 to 90.0)", "4.90 (4.80 to 5.00)"]
+    sd, sd_at_best, window, _ = learning_table.table(RUNS).splitlines()[2:]
+    assert sd.split(" | ")[6:8] == ["3", "82.0 (80.0 to 84.0)"]
+    cells = sd_at_best.split(" | ")
+    assert cells[6:9] == ["7.5, 3", "87.0 (84.0 to 90.0)", "4.90 (4.80 to 5.00)"]
     cells = window.split(" | ")
     # of seed 0 and 1; against .90 and .84 of their own SD
     assert cells[2:5] == ["2", "1,536", "90 (90 to 90)"]
