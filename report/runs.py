@@ -107,6 +107,8 @@ def find_runs(folders: Sequence[Path]) -> Runs:
                 "  Name the runs that belong together, one of each."
             )
         sources[key] = path
+    # SD before what was trained from it
+    runs.frontiers = dict(sorted(runs.frontiers.items()))
     require_alike(runs.samples)
     require_same_start(runs.samples)
     require_alike(runs.classifiers)

@@ -16,7 +16,7 @@ from support.dermoscopy import PROMPTS
 from support.tiny import prompts, tiny_ddpo
 from support.trainers import quiet_trainer
 
-SEEDS = range(14)
+SEEDS = range(11)
 ROLLOUTS = 10
 
 
@@ -95,7 +95,7 @@ def flagged(tiny_pipeline, tiny_classifiers, tmp_path):
 
 
 def test_a_policy_that_finds_the_shortcut_is_stopped(flagged):
-    assert sum(flagged(FooledByAPixel(), seed) for seed in SEEDS) >= 13
+    assert sum(flagged(FooledByAPixel(), seed) for seed in SEEDS) >= 10
 
 
 def test_a_policy_that_learns_honestly_is_not(flagged):

@@ -4,13 +4,13 @@ import pytest
 
 from support.chaos import Chaos, draw
 
-TRIALS = int(os.environ.get("CHAOS_TRIALS", "12"))
+TRIALS = int(os.environ.get("CHAOS_TRIALS", "10"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 
 
 @pytest.mark.timeout(60 * TRIALS)
 def test_no_fault_at_any_point_loses_a_state(policy, undisturbed, tmp_path):
-    """12 in the suite; `make chaos` tries 200."""
+    """10 in the suite; `make chaos` tries 200."""
     chaos = Chaos(policy, undisturbed, tmp_path)
     lost = []
     for trial in draw(SEED, TRIALS):

@@ -51,7 +51,6 @@ def test_a_preempted_run_goes_on_as_if_it_had_not_been(
     [
         ("rollout:1:stop:1", signal.SIGTERM, 1),
         ("rollout:6:stop:1", signal.SIGUSR1, 10),
-        ("rollout:3:stop:0", signal.SIGTERM, 1),
         ("rollout:5:stop", signal.SIGTERM, 10),
         ("update:2:stop:1", signal.SIGTERM, 1),
         ("update:5:stop:0", signal.SIGUSR1, 10),

@@ -25,9 +25,10 @@ from rl4med_ddpo.metrics.alignment import alignment, exact, readings
 from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.metrics.real_images import real_rates
 from rl4med_ddpo.report.changes import changes_paragraph
+from rl4med_ddpo.report.figures import frontier_figure
 from rl4med_ddpo.report.report import markdown
 from rl4med_ddpo.report.runs import find_runs
-from rl4med_ddpo.report.tables import quality_table
+from rl4med_ddpo.report.tables import frontier_table, quality_table
 from support.dermoscopy import (
     ARTIFACTS,
     ATTRIBUTES,
@@ -356,15 +357,19 @@ def test_guidance_alone_stands_beside_what_training_adds(runs):
                 },
             },
         )  # fmt: skip
-    main(["report", str(runs)])
-    page = (runs / "report" / "report.md").read_text()
-    table = pd.read_csv(runs / "report" / "table_3.csv", index_col="score")
+    found = find_runs([runs])
+    table = quality_table(found).rows.set_index("score")
     assert list(table.columns[:3]) == ["SD", "SD, best guidance 5", "SD+RL"]
     assert table.loc["APR %", "SD, best guidance 5"] == "88.0 [83.0, 93.0]"
     assert table.loc["APR %", "SD+RL"] == "68.0 [63.0, 73.0]"
     assert table.loc["diversity among images read right"].tolist()[:3] == ["4.85", "4.50", "4.85"]
-    over = pd.read_csv(runs / "report" / "frontier.csv")
-    assert over["model"].tolist().count("SD (best)") == 1
-    assert len(over) == 6
-    assert "SD at its best guidance" in page
-    assert Image.open(runs / "report" / "frontier.png").width > 500
+    over = frontier_table(found)
+    assert over.rows["model"].tolist().count("SD (best)") == 1
+    assert len(over.rows) == 6
+    assert "SD at its best guidance" in over.notes[0]
+    left, right = frontier_figure(found.frontiers).axes
+    for axis, across in ((left, [0.3] * 3), (right, [4.85, 4.5, 4.25])):
+        curves = [c.lines[0] for c in axis.containers]
+        assert [c.get_label() for c in axis.containers] == ["SD", "SD+RL"]
+        assert curves[1].get_xdata() == pytest.approx(across)
+        assert curves[1].get_ydata() == pytest.approx([68.0, 96.0, 95.0])
