@@ -100,7 +100,7 @@ def command(method: Method, subcommand: str, run: Path, demo: Path, seed: int) -
 def measure(
     name: str, seed: int, images: int, demo: Path, run: Path, more: list[str], per_prompt: int
 ) -> dict[str, Any]:
-    """Train by a method, and score it over guidance.
+    """Train by a method, score it over guidance, and sum both up.
 
     Args:
         name: Of the method.
@@ -137,12 +137,15 @@ def measure(
         run,
         demo,
     )
+    named = " ".join([name, *(option.removeprefix("--model.") for option in more)])
+    return {"method": named, "seed": seed, "label": method.label, **summary(run)}
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """Return the curve and the scores over guidance that a run left."""
     curve = run / "learning.json"
     frontier = json.loads((run / "results" / "frontier.json").read_text())
     return {
-        "method": " ".join([name, *(option.removeprefix("--model.") for option in more)]),
-        "seed": seed,
-        "label": method.label,
         "guidance": frontier["guidance"],
         **(json.loads(curve.read_text()) if curve.exists() else {}),
         "frontier": [

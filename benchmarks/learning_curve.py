@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from rl4med_ddpo.callbacks.frontier import RealImages, drawn, real_images
+from rl4med_ddpo.callbacks.frontier import RealImages, draw_and_read, real_images
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.trainer import Trainer
 from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
@@ -63,7 +63,9 @@ class LearningCurve(Callback):
         """Score the policy at the guidance that it is trained at, on noise of the test."""
         data = trainer.datamodule
         loader = data.eval_loader(self.samples_per_prompt, data.predict_batch_size)
-        images, reward = drawn(trainer, pl_module, loader, "test", pl_module.hparams.guidance)
+        images, reward = draw_and_read(
+            trainer, pl_module, loader, "test", pl_module.hparams.guidance
+        )
         assert self.found is not None
         distance = distance_to_real(images, self.found.scored.features, self.found.lesions)
         point = frontier_point(images, distance, data.vocabulary.names)

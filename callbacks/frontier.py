@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rl4med_ddpo.callbacks.extraction import extract
 from rl4med_ddpo.callbacks.sample_folder import settings_of
+from rl4med_ddpo.datamodules.file_digests import FileDigests
 from rl4med_ddpo.datamodules.image_files import ImageFiles
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule, PromptBatch
@@ -147,9 +148,9 @@ class Frontier(Callback):
     ) -> dict[str, Any]:
         names = data.vocabulary.names
         loader = data.eval_loader(data.validation_samples_per_prompt, data.predict_batch_size)
-        validation, _ = drawn(trainer, pl_module, loader, "validation", guidance)
+        validation, _ = draw_and_read(trainer, pl_module, loader, "validation", guidance)
         loader = data.eval_loader(samples_per_prompt, data.predict_batch_size)
-        images, reward = drawn(trainer, pl_module, loader, "test", guidance)
+        images, reward = draw_and_read(trainer, pl_module, loader, "test", guidance)
         distance = distance_to_real(images, real.scored.features, real.lesions)
         return {
             "guidance": guidance,
@@ -178,7 +179,7 @@ class RealImages(NamedTuple):
     Attributes:
         scored: Read right where the judge finds their labels; features in its last layer.
         lesions: Number of each one's lesion, `(N,)`.
-        digest: Of the files.
+        digest: Of the files' content; empty on all processes but the first.
         folder: Where they lie.
     """
 
@@ -212,12 +213,13 @@ def real_images(trainer: Trainer, policy: RewardFineTuning, root: Path | None) -
     return RealImages(
         Scored(hits, prompt_numbers(rows, vocabulary), features),
         torch.from_numpy(cluster_numbers(list(rows["lesion_id"]))),
-        key_of(*(file.name for file in paths), *map(float, features.sum(dim=1))),
+        # compared and written by the first process alone
+        key_of(*map(FileDigests(), paths)) if trainer.is_global_zero else "",
         str(root or own.root),
     )
 
 
-def drawn(
+def draw_and_read(
     trainer: Trainer,
     policy: RewardFineTuning,
     batches: Iterable[PromptBatch],
@@ -237,6 +239,7 @@ def drawn(
         The images, in their order, and their mean reward.
     """
     found: list[tuple[int, Any]] = []
+    judge, several = policy.scorer.judge.module, slice(policy.scorer.several)
     threads, at_first = torch.get_num_threads(), policy.model.guidance
     policy.model.guidance = guidance
     if policy.device.type == "cpu":
@@ -244,8 +247,14 @@ def drawn(
         torch.set_num_threads(1)
     try:
         for number, batch in enumerate(batches):
-            if number % trainer.world_size == trainer.global_rank:
-                found.append((number, policy.read_samples(batch, purpose)))
+            if number % trainer.world_size != trainer.global_rank:
+                continue
+            drawn = policy.samples(batch, purpose)
+            parts = drawn.images.split(policy.hparams.sample_batch)
+            hits = as_asked(drawn.judge_logits[:, several] > 0, drawn.conditions[:, several].bool())
+            read = hits, torch.cat([_features(judge)(part) for part in parts]), drawn.reward
+            n = len(batch["prompt"])
+            found.append((number, (batch["prompt_id"], *(column[:n].cpu() for column in read))))
     finally:
         policy.model.guidance = at_first
         torch.set_num_threads(threads)
@@ -253,7 +262,7 @@ def drawn(
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(ranks, found)
     parts = sorted((part for rank in ranks for part in rank), key=lambda part: part[0])
-    hits, prompts, features, rewards = (
+    prompts, hits, features, rewards = (
         torch.cat(column) for column in zip(*(part for _, part in parts), strict=True)
     )
     return Scored(hits.numpy(), prompts.numpy(), features), float(rewards.double().mean())

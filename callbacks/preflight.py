@@ -1,6 +1,5 @@
 """What an epoch of DDPO or DRaFT will do, counted and estimated before the first sample."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +38,8 @@ class Preflight(Callback):
         samples = len(batch["prompt"])
         with trainer.precision_plugin.forward_context():
             if isinstance(pl_module, DRaFT):
-                said = draft_table(pl_module, samples, seconds_of_a_pass(pl_module))
+                passes = pl_module.passes_of(samples)
+                said = draft_table(pl_module, samples, passes, seconds_of_a_pass(pl_module))
             else:
                 epoch = pl_module.epoch_of(samples)
                 said = table(epoch, *seconds_of(epoch, *measured(pl_module, epoch)))
@@ -93,16 +93,16 @@ def seconds_of_a_pass(policy: DRaFT) -> float:
     return (schedule.steps - back) * each[0] + back * each[1] + each[2] + penalty
 
 
-def draft_table(policy: DRaFT, samples: int, a_pass: float) -> str:
+def draft_table(policy: DRaFT, samples: int, passes: int, a_pass: float) -> str:
     """Lay out the numbers of an epoch of DRaFT, one a line.
 
     Args:
         policy: What is trained.
         samples: Of an epoch, over all processes.
+        passes: Of an update, on each process.
         a_pass: Seconds of a forward and backward pass.
     """
     ranks, updates = policy.trainer.world_size, policy.hparams.updates
-    passes = math.ceil(samples // ranks // updates / policy.micro_batch)
     steps, back = policy.model.schedule.steps, policy.sampler.last_steps
     rows = [
         ("samples", samples, "an epoch, by all processes"),

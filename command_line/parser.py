@@ -86,7 +86,7 @@ class LeftOut(logging.Handler):
     )
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pick out that message, once for all times that a command line is parsed."""
+        """Pick out that message and warn; a warning is shown once, however often it is parsed."""
         found = self.DROPPED.search(record.getMessage())
         if found is None:
             return

@@ -91,8 +91,8 @@ class DDPO(RewardFineTuning):
             noise predictions of a rollout: as much memory again as its latents.
         max_kl: KL divergence that trust_region: kl allows, averaged over the latent's dimensions
             as the log-prob is.
-        step_weights: Whether a step's gradient counts as it comes, nine tenths of it from one of
-            the last steps, or is divided by its sensitivity |d mean / d noise| / sigma, with mean 1
+        step_weights: Whether a step's gradient counts as it comes, half of it from one of the last
+            of 50 steps, or is divided by its sensitivity |d mean / d noise| / sigma, with mean 1
             over the trained steps. A learning rate that was stable without may not be with it.
         kl_weight: Weight, in the loss, of the divergence from the policy before training. Costs a
             forward pass more, and with train: full a second copy of the U-Net.

@@ -1,5 +1,6 @@
 """DRaFT: fine-tune on the gradient of a differentiable reward (Clark et al. 2024)."""
 
+import math
 import time
 from typing import Any, Literal
 
@@ -131,15 +132,21 @@ class DRaFT(RewardFineTuning):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Refuse what does not divide; find the micro-batch, if that is asked for."""
-        samples, ranks, updates = (
-            len(batch["prompt"]),
-            self.trainer.world_size,
-            self.hparams.updates,
-        )
+        self.passes_of(len(batch["prompt"]))
+
+    def passes_of(self, samples: int) -> int:
+        """Count the passes of an update in an epoch of M samples; finds the micro-batch if need be.
+
+        Raises:
+            UserError: if the samples do not divide.
+        """
+        ranks, updates = self.trainer.world_size, self.hparams.updates
         require_divisible(samples, updates, ranks)
+        share = samples // ranks // updates
         if not self.micro_batch:
             with self.trainer.precision_plugin.forward_context():
-                self.micro_batch = self.fitting_micro_batch(samples // ranks // updates)
+                self.micro_batch = self.fitting_micro_batch(share)
+        return math.ceil(share / self.micro_batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Draw the samples of an epoch in parts, and step along each part's reward gradient."""

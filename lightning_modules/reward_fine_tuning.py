@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -36,7 +36,6 @@ from rl4med_ddpo.lightning_modules.rewards.base import Reward, Rewards, require_
 from rl4med_ddpo.lightning_modules.samples import Samples, filled_rows
 from rl4med_ddpo.lightning_modules.text_to_image import TextToImage
 from rl4med_ddpo.lightning_modules.trained_weights import announce
-from rl4med_ddpo.metrics.apr import as_asked
 
 
 class RewardFineTuning(TextToImage):
@@ -74,12 +73,8 @@ class RewardFineTuning(TextToImage):
         """Refuse, before anything is loaded, what cannot work."""
         super().setup(stage)
         require(self.prerequisites(stage))
-        if stage == "fit" and self.trained_from is not None:
-            self.require_untrained()
-
-    def require_untrained(self) -> None:
-        """Refuse to train weights that were read to draw from."""
-        if self.trained_from == self.hparams.policy:
+        fits_what_it_read = stage == "fit" and self.trained_from == self.hparams.policy
+        if fits_what_it_read and self.trained_from is not None:
             raise UserError(
                 f"policy={self.hparams.policy} was read outside of a trainer, to draw from: it is "
                 "not trained further.\n  Let the trainer put the module together, or leave "
@@ -295,13 +290,18 @@ class RewardFineTuning(TextToImage):
         missing = [row for row, drawn in enumerate(batch.get("drawn", [False] * n)) if not drawn]
         if not missing:
             return None
-        rows = filled_rows(n, self.hparams.sample_batch)
-        filled = {name: _rows(column, rows) for name, column in batch.items()}
-        return self.samples(filled).select(missing)
+        return self.samples(batch, "test").select(missing)
 
-    def samples(self, batch: dict[str, Any]) -> Samples:
-        """Draw and score the images of a batch."""
-        noise_keys = keys(self.hparams.seed, "test", 0, batch["index"])
+    def samples(self, given: dict[str, Any], purpose: Literal["validation", "test"]) -> Samples:
+        """Draw and score the images of a batch, the last one repeated until all passes are full.
+
+        Args:
+            given: Of prompts.
+            purpose: Decides the noise.
+        """
+        rows = filled_rows(len(given["prompt"]), self.hparams.sample_batch)
+        batch: dict[str, Any] = {name: _rows(column, rows) for name, column in given.items()}
+        noise_keys = keys(self.hparams.seed, purpose, 0, batch["index"])
         images = to_eight_bits(self.generate(batch["prompt"], noise_keys))
         shown, conditions = images.float() / 255, batch["condition"].to(self.device)
         size = self.hparams.sample_batch
@@ -317,37 +317,6 @@ class RewardFineTuning(TextToImage):
             reward_logits=self.read_by_reward(shown.split(size)),
             judge_logits=torch.cat([self.scorer.judge(x) for x, _ in passes]),
         )
-
-    def read_samples(
-        self, batch: dict[str, Any], purpose: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw the images of a batch and read them with the judge.
-
-        Args:
-            batch: Of prompts.
-            purpose: Decides the noise: `validation` or `test`.
-
-        Returns:
-            Whether each shows what was asked for, of the attributes of which it may show any, and
-            its prompt's number, `(B,)` each; its features in the judge's last layer, `(B, D)`; its
-            reward, `(B,)`. On the CPU.
-        """
-        n = len(batch["prompt"])
-        rows = filled_rows(n, self.hparams.sample_batch)
-        filled: dict[str, Any] = {name: _rows(column, rows) for name, column in batch.items()}
-        noise_keys = keys(self.hparams.seed, purpose, 0, filled["index"])
-        images = to_eight_bits(self.generate(filled["prompt"], noise_keys)).float() / 255
-        conditions = filled["condition"].to(self.device)
-        judge, several = self.scorer.judge.module, slice(self.scorer.several)
-        read: list[list[Tensor]] = []
-        for shown, asked in zip(
-            *(x.split(self.hparams.sample_batch) for x in (images, conditions)), strict=True
-        ):
-            present = judge(shown)[:, several] > 0
-            hits = as_asked(present, asked[:, several].bool())
-            read.append([hits, judge.features(shown), self.reward_of(shown, asked)])
-        hits, features, rewards = (torch.cat(c)[:n].cpu() for c in zip(*read, strict=True))
-        return hits, batch["prompt_id"], features, rewards
 
     def read_by_reward(self, batches: Sequence[Tensor]) -> Tensor | None:
         """Return the logits, `(N, A)`, of the reward's first network that reads all attributes."""

