@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rl4med_ddpo.callbacks.extraction import extract
-from rl4med_ddpo.callbacks.sample_folder import settings_of
+from rl4med_ddpo.callbacks.sample_folder import SampleFolder, settings_of
 from rl4med_ddpo.datamodules.file_digests import FileDigests
 from rl4med_ddpo.datamodules.image_files import ImageFiles
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.datamodules.prompts import ISICPromptDataModule, PromptBatch
+from rl4med_ddpo.datamodules.sample_tables import MANIFEST
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import key_of
@@ -25,7 +26,7 @@ from rl4med_ddpo.foundation.progress import progress
 from rl4med_ddpo.foundation.trainer import Trainer, products_folder
 from rl4med_ddpo.lightning_modules.classifier import AttributeClassifier
 from rl4med_ddpo.lightning_modules.reward_fine_tuning import RewardFineTuning
-from rl4med_ddpo.metrics.alignment import prompt_numbers
+from rl4med_ddpo.metrics.alignment import exact, judged, prompt_numbers
 from rl4med_ddpo.metrics.apr import as_asked
 from rl4med_ddpo.metrics.frontier import (
     Scored,
@@ -149,8 +150,13 @@ class Frontier(Callback):
         names = data.vocabulary.names
         loader = data.eval_loader(data.validation_samples_per_prompt, data.predict_batch_size)
         validation, _ = draw_and_read(trainer, pl_module, loader, "validation", guidance)
-        loader = data.eval_loader(samples_per_prompt, data.predict_batch_size)
-        images, reward = draw_and_read(trainer, pl_module, loader, "test", guidance)
+        folder = next((c for c in trainer.callbacks if isinstance(c, SampleFolder)), None)
+        own = guidance, samples_per_prompt
+        if folder and own == (pl_module.hparams.guidance, data.test_samples_per_prompt):
+            images, reward = drawn_for_test(trainer, pl_module, folder)
+        else:
+            loader = data.eval_loader(samples_per_prompt, data.predict_batch_size)
+            images, reward = draw_and_read(trainer, pl_module, loader, "test", guidance)
         distance = distance_to_real(images, real.scored.features, real.lesions)
         return {
             "guidance": guidance,
@@ -217,6 +223,25 @@ def real_images(trainer: Trainer, policy: RewardFineTuning, root: Path | None) -
         key_of(*map(FileDigests(), paths)) if trainer.is_global_zero else "",
         str(root or own.root),
     )
+
+
+def drawn_for_test(
+    trainer: Trainer, policy: RewardFineTuning, folder: SampleFolder
+) -> tuple[Scored, float]:
+    """Return what `test` itself has drawn, and its mean reward.
+
+    Args:
+        trainer: Whose processes share the work.
+        policy: Has the judge.
+        folder: Where the images lie.
+    """
+    vocabulary = trainer.datamodule.vocabulary
+    table = pd.read_csv(folder.root / MANIFEST).sort_values("id", ignore_index=True)
+    images = ImageFiles([folder.path_of(name) for name in table["id"]], policy.model.image_size)
+    judge, workers = policy.scorer.judge.module, trainer.datamodule.num_workers
+    (features,) = extract(images, [_features(judge)], trainer, workers)
+    hits = exact(table, judged(table, vocabulary), vocabulary)
+    return Scored(hits, prompt_numbers(table, vocabulary), features), float(table["reward"].mean())
 
 
 def draw_and_read(

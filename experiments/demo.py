@@ -13,19 +13,24 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from rl4med_ddpo.datamodules.isic import ISICDataModule
+from rl4med_ddpo.experiments.first_look import first_look
 from rl4med_ddpo.lightning_modules.classifier import load_classifier
 from rl4med_ddpo.metrics.apr import as_asked
 from rl4med_ddpo.metrics.intervals import wilson_interval
-from rl4med_ddpo.report.sheet import beside, save_png
+from rl4med_ddpo.report.pictures import same_seed_figure
+from rl4med_ddpo.report.results import FRONTIER, METRICS
+from rl4med_ddpo.report.runs import find_runs
 
+CLASSIFIERS = "classifier and judge"
+MODELS = {"sd": "SD", "ddpo": "SD+RL", "draft": "SD+DRaFT"}
+"""Run folders of what is scored, and what the tables call it."""
 Stage = tuple[str, list[list[str]]]
 """Its name, and the commands that run at the same time."""
 
@@ -34,34 +39,44 @@ def stages(run: Path, seed: int) -> list[Stage]:
     """Name the stages and their commands, in order."""
     seeded = ["--seed_everything", str(seed)]
     fit, test = (["-m", "rl4med_ddpo", stage, "--config"] for stage in ("fit", "test"))
-    draw = ["-m", "rl4med_ddpo.datamodules.dermoscopy", "--images", "5000", "--workers", "2"]
+    draw = ["-m", "rl4med_ddpo.datamodules.dermoscopy", "--images"]
     noisy = ["--label_recall", "0.6"]
     balanced = ["--label_recall", "1", "--combinations", "balanced"]
-    # small operations gain more from a second process than from a second thread
-    twice = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    scored = ["--frontier.real", f"{run}/balanced", "--frontier.guidances"]
     baseline = ["--model.policy", "null", "--trainer.default_root_dir", str(run / "sd")]
     return [
-        ("data", [[*draw, "--seed", str(seed), "--root", str(run / "data"), *noisy]]),
         (
-            "balanced",
-            [[*draw, "--seed", str(seed + 1000), "--root", f"{run}/balanced", *balanced]],
+            "images",
+            [
+                [*draw, "4000", "--seed", str(seed), "--root", str(run / "data"), *noisy],
+                [*draw, "4000", "--seed", str(seed + 1000), "--root", f"{run}/balanced", *balanced],
+            ],
         ),
         (
-            "classifier and judge",
+            CLASSIFIERS,
             [
                 [*fit, "demo/classifier.yaml", *seeded],
                 [*fit, "demo/judge.yaml", "--seed_everything", str(seed + 1000)],
             ],
         ),
-        ("sd", [[*fit, "demo/sd.yaml", *seeded, *twice, "--data.batch_size", "32"]]),
-        ("ddpo", [[*fit, "demo/ddpo.yaml", *seeded, *twice]]),
-        ("score sd", [[*test, "demo/ddpo.yaml", *seeded, *twice, *baseline]]),
-        ("score sd_rl", [[*test, "demo/ddpo.yaml", *seeded, *twice]]),
+        ("sd", [[*fit, "demo/sd.yaml", *seeded]]),
+        (
+            "ddpo and draft",
+            [[*fit, f"demo/{name}.yaml", *seeded] for name in ("ddpo", "draft")],
+        ),
+        (
+            "scores",
+            [
+                [*test, "demo/ddpo.yaml", *seeded, *scored, "[3, 5, 7.5]", *baseline],
+                [*test, "demo/ddpo.yaml", *seeded, *scored, "[3]"],
+                [*test, "demo/draft.yaml", *seeded, *scored, "[3]"],
+            ],
+        ),
     ]
 
 
 def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
-    """Write the data, train every stage, score SD and SD+RL, and say what came of it.
+    """Write the data, train every stage, score what came of it beside SD, and say so.
 
     Args:
         seed: Of the data and of every stage.
@@ -76,11 +91,17 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
         seconds[name] = execute(name, commands, run)
         run.mkdir(parents=True, exist_ok=True)
         seconds_file.write_text(json.dumps(seconds, indent=2) + "\n")
+        if name == CLASSIFIERS:
+            print(
+                f"\nReal images, those of the base pipeline, and what is read in them: {look(run)}"
+            )
     results = collect(run, seconds)
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    figure = before_and_after(run)
+    figure = run / "before_after.png"
+    same_seed_figure(find_runs([run]), figure, per_prompt=2)
     print(table(results))
-    print(f"\n{results['stopped']}")
+    for model, why in results["stopped"].items():
+        print(f"\n{MODELS[model]}: {why}")
     print(f"\nBefore and after, same prompts and noise: {figure}")
     print(f"All numbers: {run / 'results.json'}")
     print(f"Curves and grids: {Path(sys.executable).parent}/tensorboard --logdir {run}")
@@ -116,17 +137,32 @@ def execute(name: str, commands: list[list[str]], run: Path) -> float:
     return time.monotonic() - started
 
 
+def look(run: Path) -> Path:
+    """Draw the first picture, unless it is there."""
+    path = run / "first_look.png"
+    if not path.exists():
+        classifier = run / "classifier" / "checkpoints" / "best.ckpt"
+        first_look("assets/base", run / "balanced", classifier, path)
+    return path
+
+
 def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Gather the scores of both models, the ceiling, the reason of the stop, and the times."""
-    scores = {
-        name: json.loads((run / folder / "results" / "metrics.json").read_text())
-        for name, folder in (("sd", "sd"), ("sd_rl", "ddpo"))
+    """Gather the scores of all models and of real images, why training stopped, and the times."""
+    scores, over_guidance = (
+        {name: json.loads((run / name / "results" / file).read_text()) for name in MODELS}
+        for file in (METRICS, FRONTIER)
+    )
+    return {
+        **scores,
+        "frontier": over_guidance,
+        "real": real_scores(run) | over_guidance["sd"]["real"],
+        "stopped": {name: reason_of_stop(run / name) for name in MODELS if name != "sd"},
+        "seconds": seconds,
     }
-    return {**scores, "ceiling": ceiling(run), "stopped": reason_of_stop(run), "seconds": seconds}
 
 
 @torch.no_grad()
-def ceiling(run: Path) -> dict[str, Any]:
+def real_scores(run: Path) -> dict[str, Any]:
     """Score real images as if they were samples: no generator can be read better than these."""
     judge = load_classifier(run / "judge" / "checkpoints" / "best.ckpt", heads="judge")
     real = ISICDataModule(str(run / "balanced"), size=64).dataset("test")
@@ -139,10 +175,10 @@ def ceiling(run: Path) -> dict[str, Any]:
     return {"apr": correct / n, "apr_interval": list(wilson_interval(correct, n)), "n": n}
 
 
-def reason_of_stop(run: Path) -> str:
-    """Return the sentence that RewardPlateau or RewardHacking left in the last checkpoint."""
+def reason_of_stop(folder: Path) -> str:
+    """Return the sentence that RewardPlateau or RewardHacking left in a run's last checkpoint."""
     checkpoint = torch.load(
-        run / "ddpo" / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+        folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
     )
     reasons = [s.get("stopping_reason_message") for s in checkpoint["callbacks"].values()]
     return next(filter(None, reasons), None) or (
@@ -150,28 +186,55 @@ def reason_of_stop(run: Path) -> str:
     )
 
 
+class Row(NamedTuple):
+    """A model at a guidance, as the table shows it.
+
+    Attributes:
+        title: What it is.
+        point: As `callbacks.Frontier` measured it.
+    """
+
+    title: str
+    point: dict[str, Any]
+
+
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """Name SD at its best guidance, and every model at that of training."""
+    found = []
+    for name, title in MODELS.items():
+        over = results["frontier"][name]
+        by_guidance = {point["guidance"]: point for point in over["points"]}
+        if name == "sd":
+            found.append(Row(f"{title}, its best guidance", by_guidance[over["best_guidance"]]))
+        found.append(Row(title, by_guidance[over["guidance"]]))
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     """Lay the scores out side by side."""
-    lines = ["", "                 APR      95% interval    images   reward"]
-    rows = (("SD", "sd"), ("SD+RL", "sd_rl"), ("real, balanced", "ceiling"))
-    for title, name in rows:
-        score = results[name]
-        low, high = score["apr_interval"]
-        reward = f"{score['reward']:.3f}" if "reward" in score else ""
-        lines.append(
-            f"{title:15}{score['apr']:6.1%}  {low:6.1%} to {high:6.1%}  {score['n']:7}   {reward}"
-        )
+    heads = ("guidance", "APR", "95% interval", "diversity", "distance", "worst prompt")
+    lines = ["", " " * 24 + "".join(f"{head:>18}" for head in heads)]
+    for title, point in rows_of(results):
+        low, high = point["apr_interval"]
+        (worst, apr), *_ = point["worst_prompts"].items()
+        cells = (
+            f"{point['guidance']:g}", f"{point['apr']:.1%}", f"{low:.1%} to {high:.1%}",
+            f"{point['diversity_right']['value']:.2f}", f"{point['distance']['value']:.3f}",
+            f"{apr:.0%} {worst}",
+        )  # fmt: skip
+        lines.append(f"{title:24}" + "".join(f"{cell:>18}" for cell in cells))
+    real = results["real"]
+    low, high = real["apr_interval"]
+    cells = (
+        "",
+        f"{real['apr']:.1%}",
+        f"{low:.1%} to {high:.1%}",
+        f"{real['diversity_right']['value']:.2f}",
+    )
+    lines.append(f"{'real, balanced':24}" + "".join(f"{cell:>18}" for cell in cells))
     seconds = results["seconds"]
     times = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     return "\n".join([*lines, "", f"{sum(seconds.values()) / 60:.1f} minutes: {times}"])
-
-
-def before_and_after(run: Path) -> Path:
-    """Set the two models' grids of the same prompts and noise side by side."""
-    grids = [Image.open(run / folder / "grids" / "test.png") for folder in ("sd", "ddpo")]
-    path = run / "before_after.png"
-    save_png(beside(grids, ("SD", "SD+RL")), path)
-    return path
 
 
 if __name__ == "__main__":

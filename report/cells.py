@@ -6,27 +6,31 @@ import pandas as pd
 
 from rl4med_ddpo.metrics.alignment import exact, judged
 from rl4med_ddpo.metrics.intervals import is_evidence, paired_share_difference
-from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+from rl4med_ddpo.report.runs import Missing, Runs
 
 
 def paired_hits(runs: Runs) -> pd.DataFrame:
-    """Return for each sample whether SD and SD+RL drew all four artifacts as asked."""
+    """Return for each sample whether each model drew all artifacts as asked, by model.
+
+    Raises:
+        Missing: unless all models were scored on the same prompts and noise.
+    """
     vocabulary = runs.vocabulary
-    manifests = {model: runs.manifest(model) for model in MODELS}
-    one, other = manifests.values()
-    if not one["id"].equals(other["id"]) or not one["noise_key"].equals(other["noise_key"]):
-        raise Missing("from samples of the same prompts and noise: score both models alike")
+    manifests = {model: runs.manifest(model) for model in runs.models}
+    one, *others = (table[["id", "noise_key"]] for table in manifests.values())
+    if not all(one.equals(other) for other in others):
+        raise Missing("from samples of the same prompts and noise: score all models alike")
     return pd.DataFrame(
         {m: exact(table, judged(table, vocabulary), vocabulary) for m, table in manifests.items()}
     )
 
 
-def gain(hits: pd.DataFrame, rows: Any) -> str:
-    """Word the difference SD+RL - SD over some samples, in percentage points."""
+def gain(hits: pd.DataFrame, model: str, rows: Any) -> str:
+    """Word the difference of a trained model and SD over some samples, in percentage points."""
     some = hits[rows]
     if not len(some):
         return "-"
-    estimate = paired_share_difference(some["SD"].to_numpy(), some["SD+RL"].to_numpy())
+    estimate = paired_share_difference(some["SD"].to_numpy(), some[model].to_numpy())
     assert estimate.interval is not None
     low, high = (100 * bound for bound in estimate.interval)
     said = "" if is_evidence(estimate.interval) else ", no evidence"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rl4med_ddpo.metrics.alignment import prompt_numbers, reader_of_all, readings
 from rl4med_ddpo.metrics.intervals import is_evidence, paired_share_difference
 from rl4med_ddpo.report.cells import paired_hits
-from rl4med_ddpo.report.runs import MODELS, Runs
+from rl4med_ddpo.report.runs import Runs
 
 SIGN = {
     "kernel": ("kernel distance", -1),
@@ -29,7 +29,7 @@ class Change(NamedTuple):
     Attributes:
         what: Its name.
         before: Of SD.
-        after: Of SD+RL.
+        after: Of the trained model.
         better: Whether it moved the right way.
     """
 
@@ -42,31 +42,35 @@ class Change(NamedTuple):
         return f"{self.what} {self.before:.3f} to {self.after:.3f}"
 
 
-def changes_paragraph(runs: Runs) -> str:
-    """Word what SD+RL raised, what it lowered, and which prompts fell.
+def changes_paragraph(runs: Runs, model: str) -> str:
+    """Word what training raised, what it lowered, and which prompts fell.
+
+    Args:
+        runs: Of SD and the model.
+        model: That was trained, such as SD+RL.
 
     Raises:
-        Missing: unless both models were scored on the same prompts and noise.
+        Missing: unless all models were scored on the same prompts and noise.
     """
     hits = paired_hits(runs)
-    found = [*_alignment(hits), *_beside_real(runs), *_attributes(runs)]
+    found = [*_alignment(hits, model), *_beside_real(runs, model), *_attributes(runs, model)]
     better = ", ".join(str(c) for c in found if c.better) or "nothing"
     worse = ", ".join(str(c) for c in found if not c.better) or "nothing"
-    fallen = ", ".join(map(str, _fallen_prompts(runs, hits))) or "none"
+    fallen = ", ".join(map(str, _fallen_prompts(runs, hits, model))) or "none"
     return (
-        "What training changed, from SD to SD+RL at the same guidance and on the same noise, where "
-        f"it is more than the 95% interval. **Better:** {better}. **Worse:** {worse}. **Prompts "
-        f"whose APR fell:** {fallen}."
+        f"What training changed, from SD to {model} at the same guidance and on the same noise, "
+        f"where it is more than the 95% interval. **Better:** {better}. **Worse:** {worse}. "
+        f"**Prompts whose APR fell:** {fallen}."
     )
 
 
-def _alignment(hits: pd.DataFrame) -> Iterator[Change]:
-    yield from _shares("APR", hits["SD"].to_numpy(), hits["SD+RL"].to_numpy(), more_is_better=True)
+def _alignment(hits: pd.DataFrame, model: str) -> Iterator[Change]:
+    yield from _shares("APR", hits["SD"].to_numpy(), hits[model].to_numpy(), more_is_better=True)
 
 
-def _beside_real(runs: Runs) -> Iterator[Change]:
+def _beside_real(runs: Runs, model: str) -> Iterator[Change]:
     """Compare the distances to real images in the judge's features; intervals that do not meet."""
-    before, after = (_distances(runs.samples[model]) for model in MODELS)
+    before, after = (_distances(runs.samples[name]) for name in ("SD", model))
     for name, (said, sign) in SIGN.items():
         one, other = before.get(name), after.get(name)
         if not (one and other and one.get("interval") and other.get("interval")):
@@ -76,10 +80,10 @@ def _beside_real(runs: Runs) -> Iterator[Change]:
             yield Change(said, one["value"], other["value"], rose == (sign > 0))
 
 
-def _attributes(runs: Runs) -> Iterator[Change]:
+def _attributes(runs: Runs, model: str) -> Iterator[Change]:
     """Compare how often each attribute is shown where it is asked for, and where it is not."""
     vocabulary = runs.vocabulary
-    tables = [runs.manifest(model) for model in MODELS]
+    tables = [runs.manifest(name) for name in ("SD", model)]
     judges = {reader_of_all(table, vocabulary) for table in tables}
     shown = [found for t in tables if (found := readings(t, "judge", vocabulary)) is not None]
     heads = vocabulary.attributes if judges == {"judge"} else vocabulary.any_of
@@ -91,11 +95,11 @@ def _attributes(runs: Runs) -> Iterator[Change]:
         yield from _shares(f"{word} where not asked for", before[~asked], after[~asked], False)
 
 
-def _fallen_prompts(runs: Runs, hits: pd.DataFrame) -> Iterator[Change]:
+def _fallen_prompts(runs: Runs, hits: pd.DataFrame, model: str) -> Iterator[Change]:
     numbers = prompt_numbers(runs.manifest("SD"), runs.vocabulary)
     for number, name in enumerate(runs.vocabulary.names):
         some = hits[numbers == number]
-        for change in _shares(name, some["SD"].to_numpy(), some["SD+RL"].to_numpy(), True):
+        for change in _shares(name, some["SD"].to_numpy(), some[model].to_numpy(), True):
             if not change.better:
                 yield change
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
-from torch import Tensor
 
 from rl4med_ddpo.datamodules.image_files import ImageFiles
 from rl4med_ddpo.datamodules.images import INPUT
 from rl4med_ddpo.datamodules.isic import ISICDataModule
 from rl4med_ddpo.metrics.alignment import exact, judged, prompt_numbers, table_2_conditions
-from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+from rl4med_ddpo.report.runs import Missing, Runs
 from rl4med_ddpo.report.sheet import Panel, save_png, sheet
 from rl4med_ddpo.report.tables import counts_of
 
@@ -19,10 +18,17 @@ FEW_REAL = 20
 MOST_ROWS = 12
 
 
-def same_seed_figure(runs: Runs, path: Path) -> None:
-    """Draw Figure 1: the same prompt and noise, SD next to SD+RL."""
+def same_seed_figure(runs: Runs, path: Path, per_prompt: int = IMAGES_PER_PROMPT) -> None:
+    """Draw Figure 1: the same prompt and noise, SD next to what was trained from it.
+
+    Args:
+        runs: Of SD and others.
+        path: Of the PNG to write.
+        per_prompt: Images of each of four prompts.
+    """
     numbers = _numbers(runs, ("MEL+hair", "NV+hair", "MEL+ink", "NV+ruler"))
-    _side_by_side(runs, numbers, path, "Same prompt, same noise: the first samples of each prompt")
+    title = "Same prompt, same noise, the first samples; framed: not as asked, by the judge"
+    _side_by_side(runs, numbers, path, title, per_prompt)
 
 
 def few_real_figure(runs: Runs, path: Path) -> None:
@@ -35,14 +41,15 @@ def few_real_figure(runs: Runs, path: Path) -> None:
     if len(rare) > MOST_ROWS:
         rare = rare[:: -(-len(rare) // MOST_ROWS)]
         title += f", {len(rare)} of them shown"
-    _side_by_side(runs, rare, path, title, [f"{train[i]} real training images" for i in rare])
+    remarks = [f"{train[i]} real training images" for i in rare]
+    _side_by_side(runs, rare, path, title, IMAGES_PER_PROMPT, remarks)
 
 
 def prompt_figure(runs: Runs, path: Path) -> None:
-    """Draw Figure 3: real test images of a prompt beside SD's and SD+RL's."""
+    """Draw Figure 3: real test images of a prompt beside those of the models."""
     data = _real_data(runs)
     numbers = _numbers(runs, ("NV+gel_bubble", "MEL+hair", "MEL+ruler", "NV+ink"))
-    samples = {model: _Samples(runs, model) for model in MODELS}
+    samples = {model: _Samples(runs, model) for model in runs.models}
     size = samples["SD"].files.size
     test = data.splits.test.sort_values("id", ignore_index=True)
     real = ImageFiles(data.paths(test), size, data.resize)
@@ -50,13 +57,14 @@ def prompt_figure(runs: Runs, path: Path) -> None:
     cells = [
         [
             Panel([real[row] for row in (of_prompt == number).nonzero()[0][:IMAGES_PER_PROMPT]]),
-            *(Panel(samples[model].first(number)) for model in MODELS),
+            *(some.first(number, IMAGES_PER_PROMPT) for some in samples.values()),
         ]
         for number in numbers
     ]
     labels = [_title(runs, number) for number in numbers]
-    headings = ("Real (test split)", *MODELS)
-    save_png(sheet(cells, labels, headings, "The first images of a prompt"), path)
+    headings = ("Real (test split)", *runs.models)
+    title = "The first images of a prompt; framed: not as asked, by the judge"
+    save_png(sheet(cells, labels, headings, title), path)
 
 
 class _Samples:
@@ -76,31 +84,37 @@ class _Samples:
         self.hits = exact(self.manifest, judged(self.manifest, runs.vocabulary), runs.vocabulary)
 
     def rows(self, number: int) -> list[int]:
-        """Return the first rows of a prompt, by sample index."""
+        """Return the rows of a prompt, by sample index."""
         rows = pd.Series((self.prompts == number).nonzero()[0])
-        return rows.iloc[self.manifest["index"][rows].argsort()].tolist()[:IMAGES_PER_PROMPT]
+        return rows.iloc[self.manifest["index"][rows].argsort()].tolist()
 
-    def first(self, number: int) -> list[Tensor]:
-        """Return the first images of a prompt."""
-        return [self.files[row] for row in self.rows(number)]
+    def first(self, number: int, per_prompt: int) -> Panel:
+        """Return the first images of a prompt, with a frame around those that are not as asked."""
+        rows = self.rows(number)[:per_prompt]
+        wrong = [i for i, row in enumerate(rows) if not self.hits[row]]
+        return Panel([self.files[row] for row in rows], framed=wrong)
 
     def right(self, number: int) -> str:
-        """Say how many of those the judge finds as asked."""
-        rows = self.rows(number)
-        return f"{int(self.hits[rows].sum())} of {len(rows)}"
+        """Say how many of a prompt's images the judge finds as asked."""
+        return f"{self.hits[self.rows(number)].mean():.0%}"
 
 
 def _side_by_side(
-    runs: Runs, numbers: list[int], path: Path, title: str, remarks: list[str] | None = None
+    runs: Runs,
+    numbers: list[int],
+    path: Path,
+    title: str,
+    per_prompt: int,
+    remarks: list[str] | None = None,
 ) -> None:
-    samples = {model: _Samples(runs, model) for model in MODELS}
-    cells = [[Panel(samples[model].first(number)) for model in MODELS] for number in numbers]
+    samples = {model: _Samples(runs, model) for model in runs.models}
+    cells = [[some.first(number, per_prompt) for some in samples.values()] for number in numbers]
     labels = []
     for i, number in enumerate(numbers):
-        right = ", ".join(f"{model} {samples[model].right(number)}" for model in MODELS)
+        right = ", ".join(f"{model} {some.right(number)}" for model, some in samples.items())
         remark = f"  ({remarks[i]})" if remarks else ""
-        labels.append(f"{_title(runs, number)}{remark}  as asked, by the judge: {right}")
-    save_png(sheet(cells, labels, MODELS, title), path)
+        labels.append(f"{_title(runs, number)}{remark}   as asked: {right}")
+    save_png(sheet(cells, labels, runs.models, title), path)
 
 
 def _numbers(runs: Runs, preferred: tuple[str, ...]) -> list[int]:

@@ -22,7 +22,7 @@ from rl4med_ddpo.report.changes import changes_paragraph
 from rl4med_ddpo.report.figures import frontier_figure, leakage_figure
 from rl4med_ddpo.report.pictures import few_real_figure, prompt_figure, same_seed_figure
 from rl4med_ddpo.report.results import write_csv
-from rl4med_ddpo.report.runs import MODELS, Missing, Runs, find_runs
+from rl4med_ddpo.report.runs import Missing, Runs, find_runs
 from rl4med_ddpo.report.tables import (
     BUILDERS,
     Table,
@@ -39,7 +39,7 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
     `report.md`, and in TensorBoard. What has nothing to be made of says which command makes it.
 
     Args:
-        runs: Run folders, or folders that hold some: those of SD, of SD+RL, of Table 4.
+        runs: Run folders, or folders that hold some: those of SD, of SD+RL or SD+DRaFT, of Table 4.
         output: Folder to write; by default `report` in the first of them.
     """
     found = find_runs(runs)
@@ -64,7 +64,7 @@ def report(runs: list[Path], output: Path | None = None) -> Path:
 def _changes(runs: Runs) -> str:
     try:
         require_models(runs)
-        return changes_paragraph(runs)
+        return "\n\n".join(changes_paragraph(runs, model) for model in runs.trained)
     except Missing as why:
         return f"**What training changed** is missing, {why}"
 
@@ -109,8 +109,8 @@ def _write_table(table: Table, path: Path) -> list[str]:
 def _write_figures(runs: Runs, output: Path) -> list[str]:
     """Draw what can be drawn; return the lines that show it, or say what is missing."""
     drawn = {
-        "figure_1.png": ("Figure 1. The same noise, SD next to SD+RL", same_seed_figure),
-        "figure_3.png": ("Figure 3. Real next to SD, next to SD+RL", prompt_figure),
+        "figure_1.png": ("Figure 1. The same noise, before and after training", same_seed_figure),
+        "figure_3.png": ("Figure 3. Real images next to those of each model", prompt_figure),
         "figure_4.png": ("Figure 4. Prompts with fewer than 20 real images", few_real_figure),
         "frontier.png": ("What guidance gives, and what training adds", _frontier),
         "leakage.png": ("Which attribute leaks into which prompt, before and after", _matrices),
@@ -128,10 +128,10 @@ def _write_figures(runs: Runs, output: Path) -> list[str]:
 
 def _matrices(runs: Runs, path: Path) -> None:
     vocabulary = runs.vocabulary
-    matrices = {model: leak_matrix(runs.manifest(model), vocabulary) for model in MODELS}
+    matrices = {model: leak_matrix(runs.manifest(model), vocabulary) for model in runs.models}
     for model, matrix in matrices.items():
         write_csv(path.with_name(f"leakage_{model.replace('+', '_').lower()}.csv"), matrix)
-    readers = {m: reader_of_all(runs.manifest(m), vocabulary) == "reward" for m in MODELS}
+    readers = {m: reader_of_all(runs.manifest(m), vocabulary) == "reward" for m in runs.models}
     leakage_figure(matrices, path, vocabulary, readers)
 
 

@@ -13,7 +13,8 @@ from rl4med_ddpo.datamodules.vocabulary import DERMOSCOPY, Vocabulary
 from rl4med_ddpo.foundation.errors import UserError
 from rl4med_ddpo.report.results import FRONTIER, METRICS, RESULTS
 
-MODELS = ("SD", "SD+RL")
+TRAINED = ("SD+RL", "SD+DRaFT")
+"""Models that are compared with SD, in the order of columns."""
 DEPTH = 4
 IGNORED_KEYS = (
     "policy", "weights", "samples_folder", "pipeline", "sampler.digest of unet", "data.root",
@@ -31,7 +32,7 @@ class Runs:
     """What was found.
 
     Attributes:
-        samples: Results of SD and SD+RL, by model.
+        samples: Results of SD and of what was trained from it, by model.
         folders: Where each lies.
         arms: Predictions of Table 4, by arm and seed.
         classifiers: Their results.
@@ -45,6 +46,16 @@ class Runs:
     classifiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     frontiers: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The models that were trained for a reward and scored."""
+        return tuple(model for model in TRAINED if model in self.samples)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """SD, and what was trained from it."""
+        return "SD", *self.trained
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -139,7 +150,7 @@ def require_alike(results: Mapping[str, dict[str, Any]]) -> None:
 
 
 def require_same_start(results: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse an SD that is not the model which SD+RL was trained from.
+    """Refuse an SD that is not the model which the others were trained from.
 
     They are compared by the U-Net's digest; where results of before 0.2 do not have it, by the
     pipeline's name.
@@ -147,23 +158,25 @@ def require_same_start(results: Mapping[str, dict[str, Any]]) -> None:
     Raises:
         UserError: naming both.
     """
-    if not all(model in results for model in MODELS):
-        return
-    one, other = (results[model]["provenance"] for model in MODELS)
-    # SD is scored as it is
-    as_scored = one.get("sampler", {}).get("digest of unet")
-    starts = [one.get("before_training", as_scored), other.get("before_training")]
-    if not all(starts):
-        starts = [one.get("pipeline"), other.get("pipeline")]
-    if starts[0] == starts[1]:
-        return
-    raise UserError(
-        "SD is not the model that SD+RL was trained from, so their difference is not what RL did:\n"
-        f"    SD: {one.get('pipeline')}, U-Net {starts[0]}\n"
-        f"    SD+RL: started from {other.get('pipeline')}, U-Net {starts[1]}\n"
-        "  Score that one: rl4med-ddpo test with the options of SD+RL, --model.policy null and "
-        "another --trainer.default_root_dir"
-    )
+    for model in TRAINED:
+        if "SD" not in results or model not in results:
+            continue
+        one, other = (results[name]["provenance"] for name in ("SD", model))
+        # SD is scored as it is
+        as_scored = one.get("sampler", {}).get("digest of unet")
+        starts = [one.get("before_training", as_scored), other.get("before_training")]
+        if not all(starts):
+            starts = [one.get("pipeline"), other.get("pipeline")]
+        if starts[0] == starts[1]:
+            continue
+        raise UserError(
+            f"SD is not the model that {model} was trained from, so their difference is not what "
+            "training did:\n"
+            f"    SD: {one.get('pipeline')}, U-Net {starts[0]}\n"
+            f"    {model}: started from {other.get('pipeline')}, U-Net {starts[1]}\n"
+            f"  Score that one: rl4med-ddpo test with the options of {model}, --model.policy null "
+            "and another --trainer.default_root_dir"
+        )
 
 
 def _may_differ(key: str) -> bool:

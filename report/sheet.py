@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from rl4med_ddpo.foundation.files import write_whole
@@ -15,7 +15,7 @@ from rl4med_ddpo.foundation.files import write_whole
 SMALLEST, LARGEST = 128, 256
 FONT_SIZE, LINE, MARGIN = 12, 15, 4
 HEADING_SIZE, HEADING = 14, 22
-BETWEEN_IMAGES, BETWEEN_PANELS = 2, 18
+BETWEEN_IMAGES, BETWEEN_PANELS, FRAME = 2, 18, 4
 BACKGROUND, INK, FAINT = "white", "black", "grey"
 
 
@@ -27,10 +27,12 @@ class Panel(NamedTuple):
             enlarged by a whole factor to at least 128 pixels, so that pixels stay square and
             captions fit; large ones reduced to 256. None says "no image".
         caption: Wrapped to the panel's width; None leaves no room for one.
+        framed: Numbers of the images that get a red frame.
     """
 
     images: Sequence[Tensor]
     caption: str | None = None
+    framed: Sequence[int] = ()
 
 
 def in_rows(panels: Sequence[Panel], columns: int) -> list[list[Panel]]:
@@ -52,7 +54,10 @@ def sheet(
         headings: Of each column; none for no headings.
         title: First line; empty for no title.
     """
-    tiles = [[[_tile(image) for image in panel.images] for panel in row] for row in rows]
+    tiles = [
+        [[_tile(image, i in panel.framed) for i, image in enumerate(panel.images)] for panel in row]
+        for row in rows
+    ]
     side = next(tile.size for row in tiles for panel in row for tile in panel)
     widths = [
         _width(max(len(row[i]) for row in tiles if i < len(row)), side[0])
@@ -113,7 +118,12 @@ def _width(images: int, side: int) -> int:
     return images * side + (images - 1) * BETWEEN_IMAGES
 
 
-def _tile(image: Tensor) -> Image.Image:
+def _tile(image: Tensor, framed: bool) -> Image.Image:
+    tile = _enlarged(image)
+    return ImageOps.expand(ImageOps.crop(tile, FRAME), FRAME, "red") if framed else tile
+
+
+def _enlarged(image: Tensor) -> Image.Image:
     if image.is_floating_point():
         image = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     tile = Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))

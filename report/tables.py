@@ -18,7 +18,7 @@ from rl4med_ddpo.metrics.intervals import mcnemar
 from rl4med_ddpo.metrics.real_images import FEW
 from rl4med_ddpo.report import paper
 from rl4med_ddpo.report.cells import gain, gain_cell, paired_hits, percent, score_cell, value_cell
-from rl4med_ddpo.report.runs import MODELS, Missing, Runs
+from rl4med_ddpo.report.runs import Missing, Runs
 
 ARMS = {
     "real": "Real",
@@ -50,8 +50,9 @@ class Table(NamedTuple):
 
 
 def require_models(runs: Runs) -> None:
-    """Raise Missing unless both models are scored."""
-    commands = [f"`{COMMANDS[m]}`" for m in MODELS if m not in runs.samples]
+    """Raise Missing unless SD and a model that was trained from it are scored."""
+    absent = [m for m in ("SD", *(() if runs.trained else ("SD+RL",))) if m not in runs.samples]
+    commands = [f"`{COMMANDS[m]}`" for m in absent]
     if commands:
         raise Missing(f"made by: {', then '.join(commands)}")
 
@@ -107,19 +108,21 @@ def apr_table(runs: Runs) -> Table:
             for artifact, n in zip(order, row, strict=True)
         }
         rows.append({"": "# real samples, paper", **{c: str(known[c]) for c in columns}})
-    for model in MODELS:
+    for model in runs.models:
         entries = runs.samples[model]["table_2"]
         rows.append({"": f"{model}, APR %", **{c: percent(entries[c]) for c in columns}})
-        if papers:
+        if papers and model in paper.TABLE_2:
             theirs = paper.TABLE_2[model]
             rows.append({"": f"{model}, paper", **{c: f"{theirs[c]}" for c in columns}})
-    both = paired_hits(runs)
+    hits = paired_hits(runs)
     asked = prompt_numbers(runs.manifest("SD"), vocabulary)
-    gains = {c: gain(both, asked == vocabulary.keys.index(key)) for c, key in columns.items()}
-    rows.append({"": "SD+RL - SD, points", **gains})
+    for model in runs.trained:
+        of_each = {c: asked == vocabulary.keys.index(key) for c, key in columns.items()}
+        gains = {c: gain(hits, model, rows_of) for c, rows_of in of_each.items()}
+        rows.append({"": f"{model} - SD, points", **gains})
     n = runs.samples["SD"]["table_2"][next(iter(columns))]["n"]
     notes = [
-        f"n = {n} images a prompt, the same noise for both models; 95% Wilson intervals, paired "
+        f"n = {n} images a prompt, the same noise for all models; 95% Wilson intervals, paired "
         "differences with Newcombe's; 'no evidence' where the interval holds 0.",
     ]
     return Table("Table 2. APR of prompts with one artifact", pd.DataFrame(rows), notes)
@@ -128,19 +131,18 @@ def apr_table(runs: Runs) -> Table:
 def quality_table(runs: Runs) -> Table:
     """Lay out Table 3: APR over all prompts, FID, LPIPS, and substitutes for missing weights."""
     require_models(runs)
-    columns = {model: _quality(runs.samples[model]) for model in MODELS}
+    columns = {model: _quality(runs.samples[model]) for model in runs.models}
     if alone := runs.frontiers.get("SD"):
         # what guidance alone gives stands beside what training does at the same guidance
         best = next(p for p in alone["points"] if p["guidance"] == alone["best_guidance"])
-        for model in MODELS:
+        for model in runs.models:
             points = runs.frontiers.get(model, {}).get("points", [])
             same = [p for p in points if p["guidance"] == alone["guidance"]]
             columns[model] |= _beside_guidance(same[0]) if same else {}
         at_best = {"APR %": percent(best)} | _beside_guidance(best)
         title = f"SD, best guidance {best['guidance']:g}"
         columns = {"SD": columns["SD"], title: at_best, **columns}
-    for model in MODELS if is_papers(runs.vocabulary) else ():
-        theirs = paper.TABLE_3[model]
+    for model, theirs in paper.TABLE_3.items() if is_papers(runs.vocabulary) else ():
         columns[f"{model}, paper"] = {
             "APR %": f"{theirs['apr']}", "FID": f"{theirs['fid']}", "LPIPS": f"{theirs['lpips']}",
         }  # fmt: skip
@@ -148,9 +150,13 @@ def quality_table(runs: Runs) -> Table:
     table = pd.DataFrame(columns).reindex(order).rename_axis("score").reset_index()
     notes = []
     hits = paired_hits(runs)
-    everything = gain(hits, slice(None))
-    notes.append(f"APR, SD+RL - SD: {everything} points; McNemar p = {_mcnemar(hits):.2g}.")
-    some = runs.samples["SD+RL"]
+    for model in runs.trained:
+        everything = gain(hits, model, slice(None))
+        notes.append(
+            f"APR, {model} - SD at the same guidance: {everything} points; McNemar p = "
+            f"{_mcnemar(hits, model):.2g}."
+        )
+    some = runs.samples[runs.trained[0]]
     if "features" in some:
         network = some["features"]["classifier"]
         notes.append(
@@ -243,7 +249,7 @@ def augmentation_scores(runs: Runs) -> pd.DataFrame:
 
 
 def subgroup_table(runs: Runs) -> Table:
-    """List all subgroups: real images, what the judge makes of them, and both models' APR."""
+    """List all subgroups: real images, what the judge makes of them, and the models' APR."""
     require_models(runs)
     hits, asked = paired_hits(runs), prompt_numbers(runs.manifest("SD"), runs.vocabulary)
     results = runs.samples["SD"]
@@ -254,9 +260,9 @@ def subgroup_table(runs: Runs) -> Table:
         row = {"subgroup": name, "train": str(counts["train"][i]), "test": str(real["n"])}
         flag = f" ({real['flag']})" if real.get("flag") and real["n"] else ""
         row["real test read right %"] = percent(real) + flag if real["n"] else "not estimable"
-        for model in MODELS:
+        for model in runs.models:
             row[f"{model} APR %"] = percent(runs.samples[model]["prompts"][name])
-        row["difference"] = gain(hits, asked == i)
+        row |= {f"{model} - SD": gain(hits, model, asked == i) for model in runs.trained}
         rows.append(row)
     total = {
         "subgroup": "all",
@@ -264,8 +270,8 @@ def subgroup_table(runs: Runs) -> Table:
         "test": str(results["real"]["n"]),
     }
     total["real test read right %"] = percent(results["real"])
-    total |= {f"{m} APR %": percent(runs.samples[m]) for m in MODELS}
-    rows.append(total | {"difference": gain(hits, slice(None))})
+    total |= {f"{m} APR %": percent(runs.samples[m]) for m in runs.models}
+    rows.append(total | {f"{m} - SD": gain(hits, m, slice(None)) for m in runs.trained})
     sources = ", ".join(f"{s} {percent(e)}" for s, e in results["real"]["sources"].items())
     absent = ", ".join(f"{a} {percent(e)}" for a, e in results["real"]["absent"].items())
     notes = [
@@ -290,8 +296,8 @@ def _named(network: dict[str, Any]) -> str:
     return network.get("digest") or network["sha256"][:12]
 
 
-def _mcnemar(hits: pd.DataFrame) -> float:
-    one, other = hits["SD"], hits["SD+RL"]
+def _mcnemar(hits: pd.DataFrame, model: str) -> float:
+    one, other = hits["SD"], hits[model]
     return mcnemar(int((one & ~other).sum()), int((~one & other).sum()))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -180,6 +181,32 @@ def test_the_tables_hold_our_numbers_beside_the_papers(reported):
     assert not re.search(r"(?<!\\)[%#_]", tex)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_draft_stands_beside_ddpo_or_in_its_place(runs, data, alone):
+    shown = manifest(5, 0.9)
+    write_samples(runs / "draft", "SD+DRaFT", shown, data)
+    models = ["SD", "SD+RL", "SD+DRaFT"]
+    if alone:
+        shutil.rmtree(runs / "ddpo")
+        models.remove("SD+RL")
+    out = runs / "report"
+    main(["report", str(runs)])
+    hits = exact(shown, readings(shown, "judge", DERMOSCOPY), DERMOSCOPY)
+    table = pd.read_csv(out / "table_3.csv", index_col=0)
+    assert list(table.columns[: len(models)]) == models
+    assert table.loc["APR %", "SD+DRaFT"].startswith(f"{100 * hits.mean():.1f} [")
+    two = pd.read_csv(out / "table_2.csv", index_col=0)
+    ours = [row for row in two.index if row.endswith("APR %")]
+    assert ours == [f"{model}, APR %" for model in models]
+    assert "SD+DRaFT - SD, points" in two.index
+    page = (out / "report.md").read_text()
+    said = [f"from SD to {model} at the same guidance" in page for model in models[1:]]
+    assert all(said)
+    assert (out / "leakage_sd_draft.csv").exists()
+    widths = {Image.open(out / f"figure_{n}.png").width for n in (1, 4)}
+    assert min(widths) > 150 * len(models)
+
+
 def test_what_is_missing_names_the_command_that_makes_it(runs):
     (runs / "ddpo" / "results" / "metrics.json").unlink()
     for path in (runs / "table4" / "sd_rl").rglob("metrics.json"):
@@ -191,7 +218,7 @@ def test_what_is_missing_names_the_command_that_makes_it(runs):
         r"\*\*Table 4\*\* is missing, three seeds each of sd_rl made by: `python -m \S+table_4",
         page,
     )
-    assert "Figure 1. The same noise, SD next to SD+RL** is missing" in page
+    assert "Figure 1. The same noise, before and after training** is missing" in page
     assert "## Table 1" in page
 
 
@@ -323,7 +350,7 @@ def test_the_report_opens_with_what_training_changed(data, tmp_path):
         results = json.loads(path.read_text())
         results["distribution"] = {"classifier": {"kernel": kernel, "recall": close}}
         write_json(path, results)
-    said = changes_paragraph(find_runs([tmp_path]))
+    said = changes_paragraph(find_runs([tmp_path]), "SD+RL")
     better, worse, fallen = re.split(r"\*\*(?:Worse|Prompts whose APR fell):\*\*", said)
     hits = exact(before, readings(before, "judge", DERMOSCOPY), DERMOSCOPY).mean()
     assert f"APR {hits:.3f} to {1 - forgotten.mean():.3f}" in better
