@@ -25,12 +25,7 @@ help:               ## list the targets
 demo: .venv/installed   ## every stage at a small size, in minutes on a laptop
 	$(PY) -m rl4med_ddpo.experiments.demo --seed $(SEED) --run $(RUN)
 
-# on two cores: each process of `test` and each arm of Table 4 computes on one thread
-TEST = OMP_NUM_THREADS=1 DEMO=$(RUN) $(PY) run.py test --config demo/ddpo.yaml --seed_everything $(SEED) --trainer.devices 2 --trainer.strategy ddp
-
 report: .venv/installed   ## the paper's tables and figures, after `make demo`
-	test -f $(RUN)/sd/results/leakage.csv || $(TEST) --model.policy null --trainer.default_root_dir $(RUN)/sd
-	test -f $(RUN)/ddpo/results/leakage.csv || $(TEST)
 	OMP_NUM_THREADS=1 $(PY) -m rl4med_ddpo.experiments.table_4 --classifier demo/classifier.yaml --run $(RUN) --per_subgroup 20 --workers 2 --options '["--data.root=$(RUN)/data", "--data.num_workers=0", "--trainer.max_epochs=4", "--trainer.enable_progress_bar=false"]'
 	$(PY) run.py report $(RUN)
 

@@ -11,9 +11,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -154,11 +155,25 @@ def collect(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     )
     return {
         **scores,
-        "frontier": over_guidance,
+        "rows": list(rows_of(over_guidance)),
         "real": real_scores(run) | over_guidance["sd"]["real"],
         "stopped": {name: reason_of_stop(run / name) for name in MODELS if name != "sd"},
         "seconds": seconds,
     }
+
+
+def rows_of(over_guidance: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the scores of SD at its best guidance, and those of each model at that of training.
+
+    Args:
+        over_guidance: What `callbacks.Frontier` measured, by run folder.
+    """
+    for name, title in MODELS.items():
+        found = over_guidance[name]
+        by_guidance = {point["guidance"]: point for point in found["points"]}
+        if name == "sd":
+            yield {"model": f"{title}, its best guidance", **by_guidance[found["best_guidance"]]}
+        yield {"model": title, **by_guidance[found["guidance"]]}
 
 
 @torch.no_grad()
@@ -186,43 +201,19 @@ def reason_of_stop(folder: Path) -> str:
     )
 
 
-class Row(NamedTuple):
-    """A model at a guidance, as the table shows it.
-
-    Attributes:
-        title: What it is.
-        point: As `callbacks.Frontier` measured it.
-    """
-
-    title: str
-    point: dict[str, Any]
-
-
-def rows_of(results: dict[str, Any]) -> list[Row]:
-    """Name SD at its best guidance, and every model at that of training."""
-    found = []
-    for name, title in MODELS.items():
-        over = results["frontier"][name]
-        by_guidance = {point["guidance"]: point for point in over["points"]}
-        if name == "sd":
-            found.append(Row(f"{title}, its best guidance", by_guidance[over["best_guidance"]]))
-        found.append(Row(title, by_guidance[over["guidance"]]))
-    return found
-
-
 def table(results: dict[str, Any]) -> str:
     """Lay the scores out side by side."""
     heads = ("guidance", "APR", "95% interval", "diversity", "distance", "worst prompt")
     lines = ["", " " * 24 + "".join(f"{head:>18}" for head in heads)]
-    for title, point in rows_of(results):
-        low, high = point["apr_interval"]
-        (worst, apr), *_ = point["worst_prompts"].items()
+    for row in results["rows"]:
+        low, high = row["apr_interval"]
+        (worst, apr), *_ = row["worst_prompts"].items()
         cells = (
-            f"{point['guidance']:g}", f"{point['apr']:.1%}", f"{low:.1%} to {high:.1%}",
-            f"{point['diversity_right']['value']:.2f}", f"{point['distance']['value']:.3f}",
+            f"{row['guidance']:g}", f"{row['apr']:.1%}", f"{low:.1%} to {high:.1%}",
+            f"{row['diversity_right']['value']:.2f}", f"{row['distance']['value']:.3f}",
             f"{apr:.0%} {worst}",
         )  # fmt: skip
-        lines.append(f"{title:24}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"{row['model']:24}" + "".join(f"{cell:>18}" for cell in cells))
     real = results["real"]
     low, high = real["apr_interval"]
     cells = (

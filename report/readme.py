@@ -15,12 +15,15 @@ from typing import Any
 
 from rl4med_ddpo.foundation.files import write_whole
 from rl4med_ddpo.foundation.hashes import sha256_of
-from rl4med_ddpo.report.cells import percent
+from rl4med_ddpo.report.cells import percent, value_cell
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("docs/report")
 BLOCK = re.compile(rf"(<!-- ({FOLDER}/\w+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
-SCORES = ("apr", "apr_interval", "n", "reward")
+SCORES = (
+    *("model", "guidance", "apr", "apr_interval", "n", "reward"),
+    *("diversity_right", "distance"),
+)
 
 
 def rendered(readme: str, root: Path = ROOT) -> str:
@@ -47,30 +50,43 @@ def taken(runs: Sequence[Path], root: Path = ROOT) -> None:
 def demo_scores(path: Path) -> dict[str, Any]:
     """Return what the README says of a demo, from its `results.json`."""
     results = json.loads(path.read_text())
-    scores = {model: {k: results[model][k] for k in SCORES} for model in ("sd", "sd_rl")}
     return {
         "seed": results["sd"]["provenance"]["sampler"]["seed"],
-        **scores,
-        "ceiling": results["ceiling"],
+        "rows": [_scores(row) for row in results["rows"]],
+        "real": results["real"],
         "results.json": sha256_of(path),
     }
 
 
+def _scores(row: dict[str, Any]) -> dict[str, Any]:
+    worst = min(row["prompts"].items(), key=lambda prompt: prompt[1])
+    return {**{name: row[name] for name in SCORES}, "worst": list(worst)}
+
+
 def demo_table(demos: Sequence[dict[str, Any]]) -> str:
     """Lay out the scores of several demos in Markdown."""
-    heads = ("command", *(f"APR of {what}, %" for what in ("SD", "SD+RL", "real images")),
-             "of the gap", "reward")  # fmt: skip
-    lines = ["## APR of SD and SD+RL", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    heads = ("command", "model", "guidance", "APR %", "diversity, read right", "distance",
+             "worst prompt")  # fmt: skip
+    lines = ["## APR of SD and of what was trained from it", "", f"| {' | '.join(heads)} |"]
+    lines.append("| --- " * len(heads) + "|")
     for demo in demos:
-        before, after, most = (demo[k]["apr"] for k in ("sd", "sd_rl", "ceiling"))
-        cells = (
-            f"`make demo{_options(demo['seed'])}`",
-            *(percent(demo[model]) for model in ("sd", "sd_rl")),
-            f"{100 * most:.1f}",
-            f"{(after - before) / (most - before):.0%}",
-            f"{demo['sd']['reward']:.3f} to {demo['sd_rl']['reward']:.3f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+        command = f"`make demo{_options(demo['seed'])}`"
+        for row in demo["rows"]:
+            name, worst = row["worst"]
+            cells = (
+                command,
+                row["model"],
+                f"{row['guidance']:g}",
+                percent(row),
+                f"{row['diversity_right']['value']:.2f}",
+                value_cell(row["distance"], 3),
+                f"{name} {100 * worst:.0f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+            command = ""
+        real = demo["real"]
+        diverse = f"{real['diversity_right']['value']:.2f}"
+        lines.append(f"|  | real images | - | {percent(real)} | {diverse} | - | - |")
     return "\n".join(lines) + "\n"
 
 

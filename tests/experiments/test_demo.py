@@ -47,4 +47,4 @@ def test_every_command_of_the_demo_is_understood(tmp_path, capsys, monkeypatch):
             in_process(*args, "--print_config")
         assert not end.value.code
         seeds.append(yaml.safe_load(capsys.readouterr().out)["seed_everything"])
-    assert seeds == [3, 1003, 3, 1003, 3, 3, 3, 3]
+    assert seeds == [3, 1003, 3, 1003, 3, 3, 3, 3, 3, 3]

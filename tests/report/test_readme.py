@@ -49,12 +49,26 @@ def test_the_demos_table_is_that_of_its_scores():
 def finished_demo(run, seed, before):
     (run / "report").mkdir(parents=True)
     (run / "report" / "table_3.md").write_text(f"## Table 3\n\n| a |\n| --- |\n| {seed} |\n")
-    sd = {"apr": before, "apr_interval": [before - 0.02, before + 0.02], "n": 2048, "reward": 0.9}
+
+    def row(model, guidance, apr):
+        return {
+            "model": model, "guidance": guidance, "apr": apr,
+            "apr_interval": [apr - 0.02, apr + 0.02],
+            "n": 1024, "reward": 0.9, "diversity_right": {"value": 5 - guidance / 10},
+            "distance": {"value": 0.25, "interval": [0.2, 0.3]},
+            "prompts": {"MEL": apr, "NV+ink": apr / 2}, "worst_prompts": {},
+        }  # fmt: skip
+
     results = {
-        "sd": {**sd, "provenance": {"sampler": {"seed": seed}}},
-        "sd_rl": {**sd, "apr": 0.9, "apr_interval": [0.89, 0.91], "reward": 0.97},
-        "ceiling": {"apr": 1.0, "apr_interval": [0.99, 1.0], "n": 750},
-    }
+        "sd": {"provenance": {"sampler": {"seed": seed}}},
+        "rows": [
+            row("SD, its best guidance", 7.5, 0.85), row("SD", 3.0, before),
+            row("SD+RL", 3.0, 0.9), row("SD+DRaFT", 3.0, 0.96),
+        ],
+        "real": {
+            "apr": 1.0, "apr_interval": [0.99, 1.0], "n": 750, "diversity_right": {"value": 5.0},
+        },
+    }  # fmt: skip
     (run / "results.json").write_text(json.dumps(results))
     return run
 
@@ -67,8 +81,16 @@ def test_finished_demos_are_taken_into_the_readme(tmp_path):
     )
     shown = rendered(text, tmp_path)
     assert "old" not in shown
-    assert "| `make demo` | 60.0 [58.0, 62.0] | 90.0 [89.0, 91.0] | 100.0 | 75% |" in shown
-    assert "| `make demo SEED=1 RUN=runs/demo1` | 80.0 [78.0, 82.0] |" in shown
-    assert "| 50% | 0.900 to 0.970 |" in shown
+    distance = "0.250 [0.200, 0.300]"
+    assert (
+        f"| `make demo` | SD, its best guidance | 7.5 | 85.0 [83.0, 87.0] | 4.25 | {distance} | "
+        "NV+ink 42 |\n"
+        f"|  | SD | 3 | 60.0 [58.0, 62.0] | 4.70 | {distance} | NV+ink 30 |\n"
+        f"|  | SD+RL | 3 | 90.0 [88.0, 92.0] | 4.70 | {distance} | NV+ink 45 |\n"
+        f"|  | SD+DRaFT | 3 | 96.0 [94.0, 98.0] | 4.70 | {distance} | NV+ink 48 |\n"
+        "|  | real images | - | 100.0 [99.0, 100.0] | 5.00 | - | - |\n"
+    ) in shown
+    assert "| `make demo SEED=1 RUN=runs/demo1` | SD, its best guidance |" in shown
+    assert f"|  | SD | 3 | 80.0 [78.0, 82.0] | 4.70 | {distance} | NV+ink 40 |" in shown
     assert "| 0 |\n<!-- end -->" in shown
     assert rendered(shown, tmp_path) == shown
