@@ -184,6 +184,7 @@ def test_the_tables_hold_our_numbers_beside_the_papers(reported):
 @pytest.mark.parametrize("alone", [False, True])
 def test_draft_stands_beside_ddpo_or_in_its_place(runs, data, alone):
     shown = manifest(5, 0.9)
+    shutil.rmtree(runs / "table4")
     write_samples(runs / "draft", "SD+DRaFT", shown, data)
     models = ["SD", "SD+RL", "SD+DRaFT"]
     if alone:

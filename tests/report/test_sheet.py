@@ -70,3 +70,15 @@ def test_a_table_has_its_images_in_columns_and_says_where_there_are_none():
     # the left half of the second row holds the words "no image" alone
     second = drawn[blues[:, 0].max() - 127 :, : blues[:, 1].min()]
     assert 20 < (second.min(axis=2) < 200).sum() < 1000
+
+
+def test_a_framed_image_is_red_at_its_edge_and_keeps_its_size():
+    grey = torch.full((3, 128, 128), 0.5)
+    plain, framed = (np.asarray(sheet([[Panel([grey, grey], framed=some)]])) for some in ((), (1,)))
+    assert plain.shape == framed.shape
+    changed = (plain != framed).any(axis=2)
+    assert (framed[changed] == (255, 0, 0)).all()
+    left, top = 4 + 128 + 2, 4
+    assert changed.sum() == 128**2 - 120**2
+    assert changed[top, left]
+    assert not changed[top + 4, left + 4]
