@@ -203,29 +203,30 @@ def reason_of_stop(folder: Path) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Lay the scores out side by side."""
-    heads = ("guidance", "APR", "95% interval", "diversity", "distance", "worst prompt")
-    lines = ["", " " * 24 + "".join(f"{head:>18}" for head in heads)]
+    heads = ("", "guidance", "APR", "95% interval", "diversity", "distance", "worst prompt")
+    cells = [heads]
     for row in results["rows"]:
-        low, high = row["apr_interval"]
         (worst, apr), *_ = row["worst_prompts"].items()
-        cells = (
-            f"{row['guidance']:g}", f"{row['apr']:.1%}", f"{low:.1%} to {high:.1%}",
-            f"{row['diversity_right']['value']:.2f}", f"{row['distance']['value']:.3f}",
-            f"{apr:.0%} {worst}",
-        )  # fmt: skip
-        lines.append(f"{row['model']:24}" + "".join(f"{cell:>18}" for cell in cells))
-    real = results["real"]
-    low, high = real["apr_interval"]
-    cells = (
+        distance = f"{row['distance']['value']:.3f}"
+        cells.append(
+            (row["model"], f"{row['guidance']:g}", *_alignment(row), distance, f"{apr:.0%} {worst}")
+        )
+    cells.append(("real, balanced", "", *_alignment(results["real"]), "", ""))
+    widths = (22, 10, 7, 16, 11, 10)
+    lines = [
         "",
-        f"{real['apr']:.1%}",
-        f"{low:.1%} to {high:.1%}",
-        f"{real['diversity_right']['value']:.2f}",
-    )
-    lines.append(f"{'real, balanced':24}" + "".join(f"{cell:>18}" for cell in cells))
+        *("".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=False)) + line[-1]
+          for line in cells),
+    ]  # fmt: skip
     seconds = results["seconds"]
     times = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     return "\n".join([*lines, "", f"{sum(seconds.values()) / 60:.1f} minutes: {times}"])
+
+
+def _alignment(scores: dict[str, Any]) -> tuple[str, str, str]:
+    low, high = scores["apr_interval"]
+    diverse = f"{scores['diversity_right']['value']:.2f}"
+    return f"{scores['apr']:.1%}", f"{low:.1%} to {high:.1%}", diverse
 
 
 if __name__ == "__main__":

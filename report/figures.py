@@ -89,7 +89,7 @@ def frontier_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
                     f"{point['guidance']:g}", (across, up), (4, 4), fontsize=7, color=colour,
                     textcoords="offset points",
                 )  # fmt: skip
-                if point["guidance"] == result["best_guidance"]:
+                if len(x) > 1 and point["guidance"] == result["best_guidance"]:
                     axis.plot(across, up, "o", markersize=10, fillstyle="none", color=colour)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)

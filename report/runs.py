@@ -105,8 +105,8 @@ def find_runs(folders: Sequence[Path]) -> Runs:
         if results["kind"] == "samples":
             key = results["model"]
             runs.samples[key], runs.folders[key] = results, path.parent.parent
-            if (over_guidance := path.with_name(FRONTIER)).exists():
-                runs.frontiers[key] = json.loads(over_guidance.read_text())
+            if (measured := path.with_name(FRONTIER)).exists():
+                runs.frontiers[key] = json.loads(measured.read_text())
         else:
             key = f"{results['arm']}, seed {results['seed']}"
             predictions = pd.read_csv(path.with_name("predictions.csv"))
@@ -118,8 +118,8 @@ def find_runs(folders: Sequence[Path]) -> Runs:
                 "  Name the runs that belong together, one of each."
             )
         sources[key] = path
-    # SD before what was trained from it
-    runs.frontiers = dict(sorted(runs.frontiers.items()))
+    over_guidance = runs.frontiers
+    runs.frontiers = {m: over_guidance[m] for m in ("SD", *TRAINED) if m in over_guidance}
     require_alike(runs.samples)
     require_same_start(runs.samples)
     require_alike(runs.classifiers)

@@ -187,11 +187,13 @@ def frontier_table(runs: Runs) -> Table:
     require_frontiers(runs)
     rows, some = [], next(iter(runs.frontiers.values()))
     for model, result in runs.frontiers.items():
+        several = len(result["points"]) > 1
+        best = [p for p in result["points"] if several and p["guidance"] == result["best_guidance"]]
         for point in result["points"]:
             worst, apr = next(iter(point["worst_prompts"].items()))
             rows.append(
                 {
-                    "model": model + " (best)" * (point["guidance"] == result["best_guidance"]),
+                    "model": f"{model} (best)" if point in best else model,
                     "guidance": f"{point['guidance']:g}",
                     "APR %": percent(point),
                     "reward": f"{point['reward']:.3f}",
