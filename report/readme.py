@@ -80,7 +80,7 @@ def demo_table(demos: Sequence[dict[str, Any]]) -> str:
                 percent(row),
                 f"{row['diversity_right']['value']:.2f}",
                 value_cell(row["distance"], 3),
-                f"{name} {100 * worst:.0f}",
+                f"{name} {100 * worst:.0f} %",
             )
             lines.append(f"| {' | '.join(cells)} |")
             command = ""

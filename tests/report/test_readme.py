@@ -84,13 +84,13 @@ def test_finished_demos_are_taken_into_the_readme(tmp_path):
     distance = "0.250 [0.200, 0.300]"
     assert (
         f"| `make demo` | SD, its best guidance | 7.5 | 85.0 [83.0, 87.0] | 4.25 | {distance} | "
-        "NV+ink 42 |\n"
-        f"|  | SD | 3 | 60.0 [58.0, 62.0] | 4.70 | {distance} | NV+ink 30 |\n"
-        f"|  | SD+RL | 3 | 90.0 [88.0, 92.0] | 4.70 | {distance} | NV+ink 45 |\n"
-        f"|  | SD+DRaFT | 3 | 96.0 [94.0, 98.0] | 4.70 | {distance} | NV+ink 48 |\n"
+        "NV+ink 42 % |\n"
+        f"|  | SD | 3 | 60.0 [58.0, 62.0] | 4.70 | {distance} | NV+ink 30 % |\n"
+        f"|  | SD+RL | 3 | 90.0 [88.0, 92.0] | 4.70 | {distance} | NV+ink 45 % |\n"
+        f"|  | SD+DRaFT | 3 | 96.0 [94.0, 98.0] | 4.70 | {distance} | NV+ink 48 % |\n"
         "|  | real images | - | 100.0 [99.0, 100.0] | 5.00 | - | - |\n"
     ) in shown
     assert "| `make demo SEED=1 RUN=runs/demo1` | SD, its best guidance |" in shown
-    assert f"|  | SD | 3 | 80.0 [78.0, 82.0] | 4.70 | {distance} | NV+ink 40 |" in shown
+    assert f"|  | SD | 3 | 80.0 [78.0, 82.0] | 4.70 | {distance} | NV+ink 40 % |" in shown
     assert "| 0 |\n<!-- end -->" in shown
     assert rendered(shown, tmp_path) == shown
