@@ -204,7 +204,7 @@ def reason_of_stop(folder: Path) -> str:
 def table(results: dict[str, Any]) -> str:
     """Lay the scores out side by side."""
     heads = ("", "guidance", "APR", "95% interval", "diversity", "distance", "worst prompt")
-    cells = [heads]
+    cells: list[tuple[str, ...]] = [heads]
     for row in results["rows"]:
         (worst, apr), *_ = row["worst_prompts"].items()
         distance = f"{row['distance']['value']:.3f}"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate
 
 from rl4med_ddpo.callbacks.sample_grid import readable_prompts
 from rl4med_ddpo.datamodules.isic import ISICDataModule
@@ -45,12 +46,12 @@ def first_look(pipeline: str, data: Path, classifier: Path, path: Path) -> None:
 def _labelled(root: Path, asked: torch.Tensor, size: int) -> torch.Tensor:
     """Return the first images with the labels that are asked for, each one once."""
     images = ISICDataModule(str(root), size=size).dataset("test")
-    left, found = list(range(len(images))), []
+    labelled = default_collate([images[i] for i in range(len(images))])
+    left, rows = list(range(len(images))), []
     for condition in asked:
-        row = next(i for i in left if torch.equal(images[i]["condition"], condition))
-        left.remove(row)
-        found.append(images[row]["image"])
-    return torch.stack(found)
+        rows.append(next(i for i in left if torch.equal(labelled["condition"][i], condition)))
+        left.remove(rows[-1])
+    return labelled["image"][rows]
 
 
 def _caption(asked: torch.Tensor, read: torch.Tensor) -> str:
