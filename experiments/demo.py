@@ -111,11 +111,11 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
 def execute(name: str, commands: list[list[str]], run: Path) -> float:
     """Run one stage and return its wall seconds; a stage that fails ends the demo.
 
-    Of commands that run at the same time each has one thread; the first has the terminal, the
-    others a file each.
+    Each command has one thread, for sums round by the number of threads. Of those that run at the
+    same time the first has the terminal, the others a file each.
     """
     started, running = time.monotonic(), []
-    variables = {"DEMO": str(run)} | ({"OMP_NUM_THREADS": "1"} if len(commands) > 1 else {})
+    variables = {"DEMO": str(run), "OMP_NUM_THREADS": "1"}
     for number, command in enumerate(commands):
         log = run / f"{name} {number + 1}.log".replace(" ", "_") if number else None
         typed = " ".join([*(f"{k}={v}" for k, v in variables.items()), "python"])
