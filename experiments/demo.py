@@ -90,7 +90,6 @@ def demo(seed: int = 0, run: Path = Path("runs/demo")) -> None:
             print(f"[{name}] finished before, in {seconds[name]:.0f} s")
             continue
         seconds[name] = execute(name, commands, run)
-        run.mkdir(parents=True, exist_ok=True)
         seconds_file.write_text(json.dumps(seconds, indent=2) + "\n")
         if name == CLASSIFIERS:
             print(
@@ -114,6 +113,7 @@ def execute(name: str, commands: list[list[str]], run: Path) -> float:
     Each command has one thread, for sums round by the number of threads. Of those that run at the
     same time the first has the terminal, the others a file each.
     """
+    run.mkdir(parents=True, exist_ok=True)
     started, running = time.monotonic(), []
     variables = {"DEMO": str(run), "OMP_NUM_THREADS": "1"}
     for number, command in enumerate(commands):

@@ -15,8 +15,8 @@ from support.command_line import in_process
 def test_a_stage_that_fails_says_where_its_output_is(tmp_path, capfd):
     failing = ["-c", "import sys; print('the cause'); sys.exit(3)"]
     with pytest.raises(SystemExit, match="To resume: make demo"):
-        execute("two at once", [["-c", "pass"], failing], tmp_path)
-    log = tmp_path / "two_at_once_2.log"
+        execute("two at once", [["-c", "pass"], failing], tmp_path / "new")
+    log = tmp_path / "new" / "two_at_once_2.log"
     said = capfd.readouterr()
     assert f"failed (why: {log}): {sys.executable} -c" in said.err
     assert "\nthe cause\n" not in said.out
